@@ -86,19 +86,14 @@ from typing import (
 
 if TYPE_CHECKING:
     import sqlite3
-    from types import ModuleType
-
     from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
     from mcp.server.mcpserver import MCPServer
     from mcp.server.session import ServerSession
-    from mcp_types import (
-        EmptyResult,
-        SubscribeRequestParams,
-        ToolAnnotations,
-        UnsubscribeRequestParams,
-    )
+    from mcp_types import EmptyResult, SubscribeRequestParams, ToolAnnotations
+    from mcp_types import UnsubscribeRequestParams
     from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
+    from types import ModuleType
 
 # JSON has no type that mypy can narrow usefully; Any under one name says where it is meant.
 Json: TypeAlias = Any
@@ -231,15 +226,8 @@ try:
         os.environ["PYDANTIC_DISABLE_PLUGINS"] = "__all__"
         sys.path[:] = [entry for entry in sys.path if not entry.endswith(("site-packages", "dist-packages"))]
     import orjson
-    from pydantic import (
-        AfterValidator,
-        BaseModel,
-        ConfigDict,
-        Field,
-        ValidationError,
-        field_validator,
-        model_validator,
-    )
+    from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+    from pydantic import field_validator, model_validator
     from pydantic.json_schema import SkipJsonSchema
 except ImportError as error:
     # One line: it is what a person sees who copied the file to another machine.
@@ -3000,8 +2988,14 @@ def _retry_after(error: Error) -> tuple[tuple[str, str], ...]:
     return (("Retry-After", str(max(1, round(wait)))),) if isinstance(wait, (int, float)) else ()
 
 
-# Method, params and protocol version → what is wrong with the params.
-_Check: TypeAlias = Callable[[str, "dict[str, Json]", str], "Error | None"]
+# Method, value and protocol version → what is wrong with the value. Policy has the tables; they come
+# in from section Atrax, since Policy stands further down.
+_Check: TypeAlias = Callable[[str, Json, str], "Error | None"]
+
+
+def _unchecked(method: str, value: Json, version: str) -> Error | None:
+    """The check of who has no tables (tests of this section alone)."""
+    return None
 
 
 class _Edge:
@@ -3018,10 +3012,12 @@ class _Edge:
         key: bytes,
         gone: Callable[[Owner], None],
         later: Callable[[float, Callable[[], None]], object],
-        check: _Check,
+        check_request: _Check,
+        check_answer: _Check,
     ) -> None:
         self.door, self.limits, self.record, self.now = door, limits, record, now
-        self.gone, self.later, self.seal, self.check = gone, later, _Seal(key), check
+        self.gone, self.later, self.seal = gone, later, _Seal(key)
+        self.check_request, self.check_answer = check_request, check_answer
         # Dicts keep the order of insertion and time only grows, so the due ones stand in front.
         self.silent: dict[_Silent, float] = {}  # responses that have not begun → since when
         self.beats: OrderedDict[_Feed, float] = OrderedDict()  # streams → when a comment is due
@@ -3278,12 +3274,14 @@ def _binding(principal: str, endpoint: str, body: bytes) -> bytes:
 
 # ---- ModernClient ----
 
-# Removed by 2026-07-28 (changelog): 404 and -32601 here, though a legacy client may use them.
+# Removed by 2026-07-28 (changelog; tasks: SEP-2663): 404 and -32601 here, though a legacy client may
+# use them.
 _REMOVED: Final = frozenset({
     "initialize", "ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe",
+    "tasks/list", "tasks/result",
 })  # fmt: skip
-# What the header Mcp-Name mirrors (2026-07-28, basic/transports/streamable-http; tasks: SEP-1686's
-# extension, PROTOCOL, Joining).
+# What the header Mcp-Name mirrors (2026-07-28, basic/transports/streamable-http; the
+# extension of tasks, PROTOCOL, Joining).
 _NAMED_BY: Final = {
     "tools/call": "name", "prompts/get": "name", "resources/read": "uri",
     "tasks/get": "taskId", "tasks/update": "taskId", "tasks/cancel": "taskId",
@@ -3613,7 +3611,7 @@ class _ModernCall(_Caller):
         if method == "notifications/progress":
             if self.token is None:
                 return
-            notice = Notice(method, {"progressToken": self.token, **params})
+            notice = Notice(method, {**params, "progressToken": self.token})
         elif method == "notifications/message" and not _loud_enough(params, self.level):
             return
         self._stream().note(sse_event(write_notice(notice)))
@@ -3623,7 +3621,7 @@ class _ModernCall(_Caller):
         needed = _undeclared(ask.method, ask.params, self.declared)
         if needed is not None:
             self._refuse(ask, needed)
-        elif self.prefill is not None and _is_answer(ask.method, self.prefill.get(ask.key)):
+        elif self.prefill is not None and self.fits(ask, self.prefill.get(ask.key)):
             self.answer(ask, Outcome(result=self.prefill.pop(ask.key)))
         elif self.reply is None and self.parked is None:
             text = f"{ask.method}: the client closed its response"
@@ -3636,6 +3634,12 @@ class _ModernCall(_Caller):
         for kind, detail in needed.items():
             refused[kind] = {**refused.get(kind, {}), **detail}
         self.answer(ask, _refusal(ask, needed))
+
+    def fits(self, ask: Ask, value: Json) -> bool:
+        """Whether `value` is an answer to `ask`; if not, it is asked for again."""
+        if not _is_answer(ask.method, value):
+            return False
+        return self.client.edge.check_answer(ask.method, value, MODERN) is None
 
     def answer(self, ask: Ask, outcome: Outcome) -> None:
         self.act(lambda handle: handle.answer(ask, outcome))
@@ -3987,7 +3991,7 @@ class _Parked:
     def _take(self, answers: dict[str, Json]) -> None:
         """Pass on the answers there are; what is still open goes into a new round."""
         for key, ask in list(self.asks.items()):
-            if _is_answer(ask.method, answers.get(key)):
+            if self.run.fits(ask, answers.get(key)):
                 del self.asks[key]
                 self.run.answer(ask, Outcome(result=answers[key]))
         if self.asks and self.stage is _Stage.RUNNING:
@@ -4158,8 +4162,11 @@ class _Parking:
             self._expire(parked, "Atrax is stopping")
 
 
-# ---- LegacyClient ----
+# ---- A legacy client's session ----
 
+_OWN: Final = frozenset(
+    {"ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe"}
+)
 _STREAM_ID: Final = re.compile(r"([0-9]{1,9})-([0-9]{1,9})")
 _MODERN_ONLY: Final = frozenset({"resultType", "ttlMs", "cacheScope"})
 _MODERN_META: Final = frozenset({
@@ -4377,7 +4384,7 @@ class _EventStream:
                 self.session.streams.pop(self.number, None)
 
 
-# ---- Where a call's messages go: the response of its POST, or the one stream of 2024-11-05 ----
+# ---- A legacy client's calls, and where their messages go ----
 
 
 class _Outlet(Protocol):
@@ -4575,7 +4582,7 @@ class _LegacyCall(_Caller):
         if method == "notifications/progress":
             if self.token is None:
                 return
-            notice = Notice(method, {"progressToken": self.token, **params})
+            notice = Notice(method, {**params, "progressToken": self.token})
         elif method == "notifications/message":
             level = self.session.level if self.session is not None else None
             if not _loud_enough(params, level or "info"):
@@ -4774,6 +4781,9 @@ class _Initialize(_Caller):
             self.session.pipe.send(body)
 
 
+# ---- What a session listens to ----
+
+
 class _SessionListen(_Caller):
     """One subscriptions/listen of a session; `batch`: the subscribes that wait for its acknowledgement."""
 
@@ -4911,6 +4921,9 @@ class _Listening:
             listen.stop("the session ended")
         for _, _, outlet in unanswered:
             outlet.answer(None)
+
+
+# ---- LegacyClient ----
 
 
 class LegacyClient:
@@ -5126,7 +5139,9 @@ class LegacyClient:
         asked = params.get("protocolVersion")
         if asked in LEGACY:
             session.version = asked
-        error = _wrong_initialize(params) or self.edge.check("initialize", params, session.version)
+        error = _wrong_initialize(params) or self.edge.check_request(
+            "initialize", params, session.version
+        )
         if error is not None:
             opening.done(Outcome(error=error))
             return
@@ -5169,25 +5184,42 @@ class LegacyClient:
     ) -> None:  # fmt: skip
         """One request: answered here where it is about the session, else a call."""
         ident = message.id
-        own = _OWN.get(message.method)
         meta = message.params.get("_meta")
         token = meta.get("progressToken") if isinstance(meta, dict) else None
         call = self.call(message, session, version, visit)
         if isinstance(call, Error):
             outlet.answer(write_error(ident, call), call)
-        elif own is None:
+        elif message.method not in _OWN:
             _LegacyCall(outlet, session, visit, body, ident).begin(self, call, token)
-        elif (error := self.edge.check(message.method, call.params, version)) is not None:
+        elif (error := self._own(call, ident, outlet, session)) is not None:
             outlet.answer(write_error(ident, error), error)
-        elif message.method == "ping":
+
+    def _own(
+        self, call: Call, ident: int | str, outlet: _Outlet, session: _Session | None
+    ) -> Error | None:
+        """What concerns the session alone. ping and setLevel answer exactly {} (CONFORMANCE, trap 9)."""
+        method, params = call.method, call.params
+        error = self.edge.check_request(method, params, call.version)
+        if error is not None:
+            return error
+        if session is None and method != "ping":
+            return Error(INVALID_REQUEST, f"{method} needs a session: initialize one first")
+        if session is None or method == "ping":
             outlet.answer(write_result(ident, b"{}"))
-        elif session is None:
-            error = Error(
-                INVALID_REQUEST, f"{message.method} needs a session: initialize one first"
-            )
-            outlet.answer(write_error(ident, error), error)
-        else:
-            own(self, session, call.params, ident, outlet)
+            return None
+        if method == "logging/setLevel":
+            if params.get("level") not in LOG_LEVELS:
+                return Error(INVALID_PARAMS, f"params.level must be one of {', '.join(LOG_LEVELS)}")
+            session.level = params["level"]
+        elif not isinstance(params.get("uri"), str):
+            return Error(INVALID_PARAMS, "params.uri must be a string")
+        elif method == "resources/subscribe":
+            session.listen(self).subscribe(params["uri"], ident, outlet)
+            return None
+        elif session.listening is not None:
+            session.listening.unsubscribe(params["uri"])
+        outlet.answer(write_result(ident, b"{}"))
+        return None
 
     def call(
         self, message: Request, session: _Session | None, version: str, visit: _Visit
@@ -5214,39 +5246,13 @@ class LegacyClient:
         call.progress, call.address = progress, visit.request.address
         return call
 
-    def _set_level(
-        self, session: _Session, params: dict[str, Json], ident: int | str, outlet: _Outlet
-    ) -> None:
-        if params.get("level") not in LOG_LEVELS:
-            error = Error(INVALID_PARAMS, f"params.level must be one of {', '.join(LOG_LEVELS)}")
-            outlet.answer(write_error(ident, error), error)
-            return
-        session.level = params["level"]
-        outlet.answer(write_result(ident, b"{}"))
-
-    def _subscribe(
-        self, session: _Session, params: dict[str, Json], ident: int | str, outlet: _Outlet
-    ) -> None:
-        if isinstance(params.get("uri"), str):
-            session.listen(self).subscribe(params["uri"], ident, outlet)
-        else:
-            error = Error(INVALID_PARAMS, "params.uri must be a string")
-            outlet.answer(write_error(ident, error), error)
-
-    def _unsubscribe(
-        self, session: _Session, params: dict[str, Json], ident: int | str, outlet: _Outlet
-    ) -> None:
-        if session.listening is not None and isinstance(params.get("uri"), str):
-            session.listening.unsubscribe(params["uri"])
-        outlet.answer(write_result(ident, b"{}"))
-
     def _incoming(self, session: _Session, message: Notice | Response) -> None:
         """A notification, or the answer to an ask of ours. What belongs to nothing any more is ignored."""
         if isinstance(message, Response):
             asked = session.asks.get(str(message.id)) if session.asks else None
             if asked is not None and asked.ident == message.id:
                 self.forget_ask(asked)
-                asked.call.answered(asked.ask, Outcome(result=message.result, error=message.error))
+                asked.call.answered(asked.ask, self._answer_of(session, asked.ask, message))
         elif message.method == "notifications/cancelled":
             self._cancel(session, message.params)
         elif message.method == "notifications/progress":
@@ -5255,6 +5261,13 @@ class LegacyClient:
             self._pass_on(session, message)
         elif message.method == "notifications/initialized" and session.pipe is not None:
             session.listen(self).start()
+
+    def _answer_of(self, session: _Session, ask: Ask, message: Response) -> Outcome:
+        """A client's response to an ask, as the child may have it."""
+        if message.error is not None:
+            return Outcome(error=message.error)
+        wrong = self.edge.check_answer(ask.method, message.result, session.version)
+        return Outcome(result=message.result) if wrong is None else Outcome(error=wrong)
 
     def _cancel(self, session: _Session, params: dict[str, Json]) -> None:
         ident, reason = params.get("requestId"), params.get("reason")
@@ -5368,15 +5381,6 @@ class LegacyClient:
             self.end(session, "Atrax is stopping")
         for call in tuple(self.lone):
             call.stop("Atrax is stopping")
-
-
-# What concerns the session alone and is answered here; ping and setLevel exactly by {} (trap 9).
-_OWN: Final = {
-    "ping": LegacyClient._set_level,  # never called: a ping needs no session
-    "logging/setLevel": LegacyClient._set_level,
-    "resources/subscribe": LegacyClient._subscribe,
-    "resources/unsubscribe": LegacyClient._unsubscribe,
-}
 
 
 # ---- What legacy versions know ----
@@ -5537,7 +5541,7 @@ def _known_content(item: Json, version: str) -> Json:
     return {"type": "text", "text": text}
 
 
-# ---- Clients ----
+# ---- The era of a request ----
 
 
 def _is_modern(headers: Mapping[str, str], value: Json) -> bool:
@@ -5561,12 +5565,15 @@ class Clients:
         key: bytes,
         gone: Callable[[Owner], None],
         later: Callable[[float, Callable[[], None]], object],
-        check: _Check = lambda method, params, version: None,
+        check_request: _Check = _unchecked,
+        check_answer: _Check = _unchecked,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`key` signs session ids and states; `gone` hears of ended sessions; `check` knows what params
-        a request must have that is answered here (initialize, …); `wall` is seconds since the epoch."""
-        self._edge = _Edge(door, limits, record, clock(), key, gone, later, check)
+        """`key` signs session ids and states; `gone` hears of ended sessions; the checks are Policy's, for
+        requests that are answered here and for answers to asks; `wall`: seconds since the epoch."""
+        self._edge = _Edge(
+            door, limits, record, clock(), key, gone, later, check_request, check_answer
+        )
         self.modern, self.legacy = ModernClient(self._edge, wall), LegacyClient(self._edge)
 
     def adopt(self, door: Door, limits: Limits) -> None:
@@ -5620,6 +5627,14 @@ class Clients:
         self._edge.wake(now)
         self.modern.wake(now)
         self.legacy.wake(now)
+
+    def counts(self) -> dict[str, int]:
+        """What is open here, for /status: sessions, parked calls, listens."""
+        return {
+            "sessions": len(self.legacy.sessions),
+            "parked": sum(self.modern.parking.counts.values()),
+            "listens": len(self.modern.listens),
+        }
 
     def drop(self, principal: str) -> None:
         """End all that a principal has here: it is gone, expired, or may do less than before."""
@@ -6465,6 +6480,13 @@ class Catalogue:
             shown = {kind.value: len(source.stocks[kind].entries) for kind in Kind}
             counts[name] = {**shown, "hidden": self._hidden(source), "settled": source.settled}
         return counts
+
+    def offers(self) -> dict[str, dict[str, list[str]]]:
+        """Per server: the names or URIs of what it shows, by kind, as on /mcp."""
+        return {
+            name: {kind.value: [entry.name for entry in source.stocks[kind].entries] for kind in Kind}
+            for name, source in self._sources.items()
+        }
 
     def _hidden(self, source: _Source) -> list[Json]:
         hidden = [
@@ -9273,27 +9295,63 @@ NEEDS: Final = {
     "resources/read": "resources",
     "completion/complete": "completions",
 }
-REPEATABLE: Final = frozenset({"prompts/get", "resources/read", "completion/complete"})
+TASK_METHODS: Final = ("tasks/get", "tasks/update", "tasks/result", "tasks/cancel")
+TASKS: Final = 10_000  # tasks that are remembered; past it the oldest is forgotten, and so unknown
 
 
 class Nothing:
-    """The handle of a call that is already done, and the lease of one that needs none."""
+    """The handle of a call that is already done, and the sink of one whose answer nobody needs."""
 
     def answer(self, ask: Ask, outcome: Outcome) -> None: ...
     def note(self, notice: Notice) -> None: ...
     def cancel(self, reason: str = "") -> None: ...
+    def ask(self, ask: Ask) -> None: ...
+    def done(self, outcome: Outcome) -> None: ...
 
 
 NOTHING: Final = Nothing()
 
 
+class Passage:
+    """The client's handle of a Forward, which is a sink itself: both have a `note`, each its own way."""
+
+    __slots__ = ("forward",)
+
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+
+    def answer(self, ask: Ask, outcome: Outcome) -> None:
+        if self.forward.handle is not None:
+            self.forward.handle.answer(ask, outcome)
+
+    def note(self, notice: Notice) -> None:
+        if self.forward.handle is not None:
+            self.forward.handle.note(notice)
+
+    def cancel(self, reason: str) -> None:
+        self.forward.cancel(reason)
+
+
 class Forward:
-    """One call under way to a server: the sink of the child's answers and the handle of the client's.
+    """One call under way to a server: the sink of the child's answers.
 
     It looks up, leases, sends, and repeats once on a successor where the call is safe to repeat
     (DESIGN, A child that dies)."""
 
-    __slots__ = ("gateway", "call", "sink", "server", "safe", "waiting", "handle", "touched", "over")
+    __slots__ = (
+        "gateway",
+        "call",
+        "sink",
+        "server",
+        "safe",
+        "waiting",
+        "link",
+        "handle",
+        "touched",
+        "as_task",
+        "task",
+        "over",
+    )
 
     def __init__(self, gateway: Gateway, call: Call, sink: Sink) -> None:
         self.gateway, self.call, self.sink = gateway, call, sink
@@ -9301,7 +9359,10 @@ class Forward:
         self.safe = False  # may be repeated once on a successor
         self.waiting: Lease | None = None  # the look-up or the lease that has not answered yet
         self.handle: Handle | None = None
+        self.link: Link | None = None  # the process that has it
         self.touched = False  # progress or an ask went out: the client has seen a part of it
+        self.as_task = False  # made a task by Atrax, since the tool is none otherwise
+        self.task = ""  # the id of that task, while its result is awaited
         self.over = False
 
     # ---- the way down ----
@@ -9326,8 +9387,10 @@ class Forward:
         if isinstance(link, Error):
             self.done(Outcome(error=link))
             return
+        self.link = link
         handle = link.send(self.call, self)
-        if not self.over:
+        # It may be over by now, or wait for another process.
+        if not self.over and self.waiting is None and self.handle is None:
             self.handle = handle
 
     # ---- the sink, for the child ----
@@ -9351,6 +9414,8 @@ class Forward:
             self.gateway.repeated(self)
             self._lease()
             return
+        if self.as_task and error is None and self._await_task(outcome):
+            return
         self.over = True
         self.handle = None
         if not outcome.server:
@@ -9358,20 +9423,32 @@ class Forward:
         self.gateway.finished(self, outcome)
         self.sink.done(outcome)
 
-    # ---- the handle, for the client ----
+    def _await_task(self, outcome: Outcome) -> bool:
+        """Go on to the result of the task that Atrax made of this call; False if there is no task.
 
-    def answer(self, ask: Ask, outcome: Outcome) -> None:
-        if self.handle is not None:
-            self.handle.answer(ask, outcome)
+        The tool has `execution.taskSupport: required`, and the client called it plainly (2025-11-25,
+        basic/utilities/tasks, Tool-Level Negotiation)."""
+        self.as_task = False
+        task = _task_id(outcome.result)
+        if not task:
+            return False
+        self.task, self.handle, self.safe = task, None, False
+        self.call.method, self.call.params, self.call.place = "tasks/result", {"taskId": task}, outcome.place
+        self._lease()
+        return True
 
     def cancel(self, reason: str) -> None:
         if self.over:
             return
         if self.waiting is not None:
             self.waiting.cancel()
-        self.safe = False
+        self.safe = self.as_task = False
         if self.handle is not None:
             self.handle.cancel(reason)
+        if self.task and self.link is not None:
+            call = self.call
+            cancel = Call("tasks/cancel", {"taskId": self.task}, call.owner, call.version, place=call.place)
+            self.link.send(cancel, NOTHING)
         self.done(Outcome(error=Error(CANCELLED, reason)))
 
 
@@ -9397,9 +9474,13 @@ class Gateway:
     ) -> None:
         self.config, self.record, self.policy, self.pool = config, record, policy, pool
         self.catalogue, self.subscriptions, self.clock = catalogue, subscriptions, clock
+        self.draining = False  # calls in flight may finish, new ones are refused
         self.inflight: dict[str, int] = {}  # principal → calls under way
         self._rates: dict[str, tuple[float, float]] = {}  # principal → (calls left, when that was so)
+        self._tasks = Tasks()
         self._ways: dict[str, Callable[[Forward], None]] = {
+            **dict.fromkeys(TASK_METHODS, self._task),
+            "tasks/list": self._list_tasks,
             "tools/call": self._tool,
             "prompts/get": self._prompt,
             "resources/read": self._read,
@@ -9415,12 +9496,12 @@ class Gateway:
             return self.subscriptions.open(call, sink)
         if call.method == "server/discover" or call.method in PAGED:
             return self._own(call, sink)
-        error = self._admit(call.owner.principal)
+        error = _stopping() if self.draining else self._admit(call)
         if error is not None:
             return _refuse(sink, error)
         forward = Forward(self, call, sink)
         self._ways.get(call.method, self._unknown)(forward)
-        return NOTHING if forward.over else forward
+        return NOTHING if forward.over else Passage(forward)
 
     def finished(self, forward: Forward, outcome: Outcome) -> None:
         """Account for a call that is over (called once, by its Forward)."""
@@ -9431,6 +9512,8 @@ class Gateway:
         else:
             self.inflight.pop(principal, None)
         error = outcome.error
+        if outcome.result is not None:
+            self._tasks.note(forward.server, outcome.place, principal, outcome.result)
         kind = "ok" if error is None else str(error.code)
         # The key is built here and not by count(): sorting keyword arguments costs 0.6 us a call.
         key: CounterKey = ("calls", ("outcome", kind), ("server", forward.server))
@@ -9456,16 +9539,18 @@ class Gateway:
             METHOD_NOT_FOUND, f'{call.method}: the server "{call.endpoint}" has no {need}', status=404
         )
 
-    def _admit(self, principal: str) -> Error | None:
-        """One more call in flight for `principal`, or 429 with what to do."""
-        limits = self.config.limits
+    def _admit(self, call: Call) -> Error | None:
+        """One more call in flight for its principal, or 429 with what to do.
+
+        A call that names its process goes on with one that was counted: rounds count once for rates."""
+        limits, principal = self.config.limits, call.owner.principal
         running = self.inflight.get(principal, 0)
         if running >= limits.inflight:
             reason = f"{running} calls are in flight; limits.inflight is {limits.inflight}"
             error = own_error(OVERLOADED, f"too many calls: {reason}", "inflight", retryAfter=1)
             error.status = 429
             return error
-        if limits.rate and (wait := self._wait(principal, float(limits.rate))):
+        if limits.rate and not call.place and (wait := self._wait(principal, float(limits.rate))):
             text = f"limits.rate allows {limits.rate} calls a minute; try again in {wait} s"
             error = own_error(NOT_ALLOWED, text, "rate", retryAfter=wait)
             error.status = 429
@@ -9510,6 +9595,9 @@ class Gateway:
                 forward.done(outcome)
                 return
             call.params = {**call.params, "name": entry.own}
+            if "task" not in call.params and _only_as_task(entry.item):
+                forward.as_task = True
+                call.params["task"] = {}
             forward.go(entry.server, self._safe(entry))
 
         self._lookup(forward, Kind.TOOLS, call.params["name"], found)
@@ -9572,6 +9660,44 @@ class Gateway:
         if forward.handle is None and forward.waiting is None and not forward.over:
             forward.waiting = wait
 
+    def _task(self, forward: Forward) -> None:
+        """To the process that made the task, if it was made for this principal."""
+        call = forward.call
+        error = self._no_tasks(call)
+        if error is not None:
+            forward.done(Outcome(error=error))
+            return
+        task = call.params.get("taskId")
+        home = self._tasks.find(call.endpoint, task, call.owner.principal)
+        if home is None:
+            error = Error(INVALID_PARAMS, f"Unknown task: {task!s:.100}", {"taskId": task})
+            forward.done(Outcome(error=error))
+            return
+        call.place = home.place
+        forward.go(home.server, safe=False)
+
+    def _no_tasks(self, call: Call) -> Error | None:
+        """Why `call` cannot be about a task: nobody has any, or the client did not declare them."""
+        extension = call.version == MODERN
+        names = [call.endpoint] if call.endpoint else list(self.config.servers)
+        offers = filter(None, map(self.catalogue.offer, names))
+        if not any(_has_tasks(offer.capabilities, extension) for offer in offers):
+            return Error(METHOD_NOT_FOUND, f"Method not found: {call.method}", status=404)
+        if extension and not _has_tasks(call.capabilities, extension):
+            needed: Json = {"requiredCapabilities": {"extensions": {META + "tasks": {}}}}
+            return Error(MISSING_CAPABILITY, "the client did not declare tasks", needed, status=400)
+        return None
+
+    def _list_tasks(self, forward: Forward) -> None:
+        """The principal's own tasks as last seen; a child would list those of all its clients."""
+        call = forward.call
+        error = self._no_tasks(call)
+        if error is not None:
+            forward.done(Outcome(error=error))
+            return
+        tasks = self._tasks.of(call.endpoint, call.owner.principal)
+        forward.done(Outcome({"tasks": tasks}))
+
     def _unknown(self, forward: Forward) -> None:
         """A method that MCP does not name: an extension's, passed to who declared extensions, else refused."""
         call = forward.call
@@ -9581,6 +9707,81 @@ class Gateway:
             return
         error = Error(METHOD_NOT_FOUND, f"Method not found: {call.method}", status=404)
         forward.done(Outcome(error=error))
+
+
+@dataclasses.dataclass(slots=True)
+class TaskHome:
+    """Where a task lives, whose it is, and what was last heard of it."""
+
+    server: str
+    place: str
+    principal: str
+    task: dict[str, Json]
+
+
+class Tasks:
+    """Which process made which task, for whom (DESIGN, Terms: a task belongs to its principal).
+
+    Ids are the children's own, so two servers may mint the same one: on /mcp it is the first's."""
+
+    def __init__(self) -> None:
+        self._homes: OrderedDict[tuple[str, str], TaskHome] = OrderedDict()
+        self._first: dict[str, str] = {}  # id → the server that minted it first
+
+    def note(self, server: str, place: str, principal: str, result: dict[str, Json]) -> None:
+        """Learn from a result: CreateTaskResult, or what tasks/get and tasks/cancel say."""
+        ident = _task_id(result)
+        if not ident:
+            return
+        task = result.get("task")
+        seen: dict[str, Json] = task if isinstance(task, dict) else result
+        home = self._homes.get((server, ident))
+        if home is not None:
+            home.task = seen if home.principal == principal else home.task
+            return
+        self._homes[server, ident] = TaskHome(server, place, principal, seen)
+        self._first.setdefault(ident, server)
+        if len(self._homes) > TASKS:
+            (old_server, old), _ = self._homes.popitem(last=False)
+            if self._first.get(old) == old_server:
+                del self._first[old]
+
+    def find(self, endpoint: str, ident: Json, principal: str) -> TaskHome | None:
+        """The task `ident` as the endpoint and the principal may see it; None is "unknown"."""
+        if not isinstance(ident, str):
+            return None
+        home = self._homes.get((endpoint or self._first.get(ident, ""), ident))
+        return home if home is not None and home.principal == principal else None
+
+    def of(self, endpoint: str, principal: str) -> list[Json]:
+        """Every task that `find` would find."""
+        return [
+            home.task
+            for (server, ident), home in self._homes.items()
+            if home.principal == principal and server == (endpoint or self._first.get(ident))
+        ]
+
+
+def _task_id(result: dict[str, Json] | None) -> str:
+    """The id of the task that a result is about, in either shape (2025-11-25, io.modelcontextprotocol/tasks)."""
+    if result is None:
+        return ""
+    task = result.get("task")
+    ident = task.get("taskId") if isinstance(task, dict) else result.get("taskId")
+    return ident if isinstance(ident, str) else ""
+
+
+def _has_tasks(capabilities: dict[str, Json], extension: bool) -> bool:
+    """Whether a peer declared tasks: as the extension, or as 2025-11-25 has them."""
+    if not extension:
+        return "tasks" in capabilities
+    extensions = capabilities.get("extensions")
+    return isinstance(extensions, dict) and META + "tasks" in extensions
+
+
+def _only_as_task(tool: dict[str, Json]) -> bool:
+    execution = tool.get("execution")
+    return isinstance(execution, dict) and execution.get("taskSupport") == "required"
 
 
 class OwnAnswer:
@@ -9605,6 +9806,12 @@ class OwnAnswer:
         if self.lease is not None:
             self.lease.cancel()
         self.done(Outcome(error=Error(CANCELLED, reason)))
+
+
+def _stopping() -> Error:
+    error = own_error(UNAVAILABLE, "Atrax is stopping; try again", "stopping", retryAfter=1)
+    error.status = 503
+    return error
 
 
 def _refuse(sink: Sink, error: Error) -> Handle:
@@ -11925,6 +12132,7 @@ class Member:
         self.began = supervisor.clock()  # when it was started, then when it became ready
         self.used = self.began  # when it was last chosen; what it is up to is in `unused_since`
         self.cause = Cause.DIED  # what its end will be to the nest
+        self.changes = 0.0  # when it last spoke of a changed list
         self.wanted = True  # False: its end was asked for, and is no failure
         self.retires_at = math.inf  # when a retired one ends even if calls are in flight
         self.waiting: OrderedDict[_Wait, None] = OrderedDict()  # calls that must go to this process
@@ -11979,6 +12187,7 @@ class Member:
         self.child.stop(DRAIN)
 
     def changed(self, kind: Kind) -> None:
+        self.changes = self.nest.family.supervisor.clock()
         if self.nest.key is None:
             self.nest.family.supervisor.shelf.changed(self.nest.family.name, kind)
 
@@ -12222,10 +12431,11 @@ class Nest:
         return wait
 
     def _lease_own(self, ready: Callable[[Link | Error], None], now: float) -> Lease:
-        for member in self.members:
-            if member.offer is not None:
-                ready(member.conversation)
-                return GRANTED
+        # The one that spoke of changes last: another process may not have changed its lists.
+        usable = [member for member in self.members if member.offer is not None]
+        if usable:
+            ready(max(usable, key=lambda member: member.changes).conversation)
+            return GRANTED
         if self.state in (State.STARTING, State.BACKOFF):
             return _Wait(None, ready, now, self.own)
         ready(self.unavailable(now))
@@ -12909,7 +13119,15 @@ class Atrax:
             clock,
         )
         self.clients = Clients(
-            self.gateway, config.limits, self.record, clock, key, self.supervisor.gone, loop.call_later
+            self.gateway,
+            config.limits,
+            self.record,
+            clock,
+            key,
+            self.supervisor.gone,
+            loop.call_later,
+            check_request,
+            check_answer,
         )
         self.identity = Identity(config)
         self.endpoints = Endpoints(self.record, self.status)
@@ -12926,13 +13144,14 @@ class Atrax:
         config = self.config
         self.urls = await self.http.listen(config.host, config.port, config.socket)
         become_subreaper()
+        _raise_descriptor_limit()
         self.supervisor.start()
-        self._tick()
+        self.tick()
         self._loop.call_soon(self.policy.warm)
 
     async def stop(self, grace: float) -> None:
         """No new connections, `grace` seconds for calls in flight, then everything ends, in order."""
-        self.endpoints.draining = True
+        self.endpoints.draining = self.gateway.draining = True
         self.http.refuse()
         self.subscriptions.close()
         deadline = self._loop.time() + grace
@@ -12944,14 +13163,15 @@ class Atrax:
         if self._ticking is not None:
             self._ticking.cancel()
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
+        """Tell every section with deadlines what time it is, now and from now on."""
         now = self._loop.time()
         for part in (self.supervisor, self.catalogue, self.subscriptions, self.clients, self.http):
             try:
                 part.wake(now)
             except Exception as error:  # one section's fault must not stop the clock of all others
                 self.record.emit("internal.error", "error", message=f"{type(part).__name__}: {error!r}")
-        self._ticking = self._loop.call_later(TICK, self._tick)
+        self._ticking = self._loop.call_later(TICK, self.tick)
 
     # ---- Shelf: what happened at the children goes to who keeps lists and subscriptions ----
 
@@ -12992,6 +13212,7 @@ class Atrax:
             self.endpoints.handle(request, reply)
             return
         principal = self.identity.check(request)
+        reply.extra = self.identity.cors(request)
         if request.method == "OPTIONS":
             reply.full(204, self.identity.preflight(request), b"")
             return
@@ -13027,6 +13248,17 @@ class Atrax:
         return {name: {**state, **counts.get(name, {})} for name, state in self.supervisor.status().items()}
 
 
+def _raise_descriptor_limit() -> None:
+    """As many descriptors as the system lets us have: 1,024 is far below limits.connections."""
+    try:
+        import resource  # there is none on Windows
+
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except (ImportError, OSError, ValueError):
+        return  # then Http refuses connections a little earlier
+
+
 def new_loop() -> asyncio.AbstractEventLoop:
     """uvloop where it exists (0.87 of the CPU at 64 clients), else asyncio's own."""
     try:
@@ -13048,8 +13280,14 @@ def run(work: Callable[[asyncio.AbstractEventLoop], Coroutine[Any, Any, int]]) -
         loop.close()
 
 
-async def serve(config: Config, loop: asyncio.AbstractEventLoop) -> int:
-    """Serve until SIGINT or SIGTERM; a second one ends the drain at once."""
+async def serve(
+    config: Config,
+    loop: asyncio.AbstractEventLoop,
+    show: Callable[[list[str], dict[str, dict[str, Json]], Config], None],
+) -> int:
+    """Serve until SIGINT or SIGTERM; a second one ends the drain at once.
+
+    `show` gets the URLs and the status once every server has settled, or FIRST_START has passed."""
     atrax = Atrax(config, loop)
     log = Log(config.log.level, config.log.format, sys.stderr)
     atrax.record.watch(log)
@@ -13059,7 +13297,7 @@ async def serve(config: Config, loop: asyncio.AbstractEventLoop) -> int:
     try:
         await atrax.start()
         await _until(lambda: all(item["settled"] for item in atrax.status().values()), FIRST_START, stopping)
-        show_startup(atrax.urls, atrax.status(), config)
+        show(atrax.urls, atrax.status(), config)
         first = await stopping.get()
         atrax.record.emit("atrax.stopping", message=f"{first.name}: stopping")
         # Ctrl-C means now; SIGTERM comes from an init system that lets calls in flight finish.
@@ -13087,17 +13325,21 @@ async def _until(true: Callable[[], bool], limit: float, stopping: asyncio.Queue
 
 async def check(config: Config, loop: asyncio.AbstractEventLoop) -> tuple[dict[str, dict[str, Json]], float]:
     """Start every server without serving; the status once all have settled, and how long that took."""
-    config.port, config.socket = 0, None
     atrax = Atrax(config, loop)
-    began = loop.time()
+    began, clock = loop.time(), time.time()
     become_subreaper()
     atrax.supervisor.start()
-    atrax._tick()
+    atrax.tick()
     longest = max((server.start_timeout for server in config.servers.values()), default=0.0)
     await _until(
         lambda: all(item["settled"] for item in atrax.status().values()), longest + 5, asyncio.Queue()
     )
-    status, took = atrax.status(), loop.time() - began
+    took = loop.time() - began
+    offers = atrax.catalogue.offers()
+    status = {
+        name: {**item, "offers": offers.get(name, {}), "took": round(item["since"] - clock, 3)}
+        for name, item in atrax.status().items()
+    }
     await atrax.stop(0.0)
     return status, took
 
@@ -13702,7 +13944,7 @@ def serve_command(argv: Sequence[str]) -> int:
     if "socket" in overrides and len(overrides) > 1:
         raise UsageError(f"atrax serve: --socket is instead of --host and --port\n{_HELP}")
     config = Config.load(found.config, overrides=overrides)
-    return run(lambda loop: serve(config, loop))
+    return run(lambda loop: serve(config, loop, show_startup))
 
 
 def check_command(argv: Sequence[str]) -> int:

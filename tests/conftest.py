@@ -4,7 +4,8 @@
     children   the folder with the test servers, for configs: {"command": sys.executable, "args": [str(children / "echo.py")]}
 
 At the end of a test every gateway is stopped; one that leaves a process behind, or wrote a traceback of its
-own, fails the test."""
+own, fails the test. So does a message that is not what the version of whom it was said to allows, wherever it
+was read: by our clients (wire.py) or by our children (children/tap.py). See spoken.py."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import spoken
 import wire
 from installed import ARCHIVE, HOME, missing
 
@@ -138,6 +140,23 @@ class Running:
 Start = Callable[..., Awaitable[Running]]
 
 
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[list[spoken.Peer]]:
+    """All clients of the test, which check what they hear. A complaint fails the test, even if it was raised in
+    a task that nobody waits for; a test that means it clears it (`spoken.Peer.complaints`)."""
+    peers: list[spoken.Peer] = []
+
+    def listener(version: str | None) -> wire.Ear:
+        peers.append(spoken.Peer(client=True, version=version))
+        return peers[-1]
+
+    before, wire.listener = wire.listener, listener
+    yield peers
+    wire.listener = before
+    complaints = [text for peer in peers for text in peer.complaints]
+    assert not complaints, "\n\n".join(complaints)
+
+
 @pytest.fixture
 async def atrax(tmp_path: Path) -> AsyncIterator[Start]:
     """Starts gateways: `await atrax(config, *options, program=…, env=None)` → Running, listening.
@@ -152,6 +171,8 @@ async def atrax(tmp_path: Path) -> AsyncIterator[Start]:
 async def starting(folder: Path) -> AsyncIterator[Start]:
     """What the fixture `atrax` gives, for a fixture that lives longer; configs are written to `folder`."""
     gateways: list[Running] = []
+    taps = folder / "said"
+    taps.mkdir(exist_ok=True)
     before = {pid for pid, _ in descendants()}
     adopt_orphans(True)
 
@@ -160,7 +181,7 @@ async def starting(folder: Path) -> AsyncIterator[Start]:
     ) -> Running:
         file = config if isinstance(config, Path) else folder / f"config{len(gateways)}.json"
         if not isinstance(config, Path):
-            file.write_text(json.dumps({"port": 0, **config}))
+            file.write_text(json.dumps({"port": 0, **tapped(config, taps)}))
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, str(program), "serve", str(file), *options),
             stdin=asyncio.subprocess.DEVNULL,
@@ -174,8 +195,9 @@ async def starting(folder: Path) -> AsyncIterator[Start]:
         socket = config.get("socket") if isinstance(config, dict) else None
         if socket:
             await eventually(lambda: Path(socket).exists(), f"no socket {socket}:\n{gateway}")
-        match = None if socket else await gateway.line(r"https?://[\w.\[\]:]+:\d+")
-        gateway.url = f"unix:{socket}" if match is None else match[0]
+        # The first line of the screen: a line of the log may name another URL before it.
+        match = None if socket else await gateway.line(r"^Atrax \S+ +(https?://[\w.\[\]:]+:\d+)")
+        gateway.url = f"unix:{socket}" if match is None else match[1]
         return gateway
 
     left: list[str] = []
@@ -190,6 +212,8 @@ async def starting(folder: Path) -> AsyncIterator[Start]:
     # A child's own traceback stands behind its name in the log; one at the start of a line is ours.
     for gateway in gateways:
         assert not any(line.startswith("Traceback (most") for line in gateway.log), str(gateway)
+    malformed = list(spoken.complaints(taps))
+    assert not malformed, "\n\n".join(malformed)
 
 
 def child(name: str, *arguments: str, **more: Any) -> dict[str, Any]:
@@ -197,6 +221,22 @@ def child(name: str, *arguments: str, **more: Any) -> dict[str, Any]:
     script = str(HOME / "tests" / "children" / f"{name}.py")
     # -S: they need nothing but the standard library, and fifty of them start in half the time.
     return {"command": sys.executable, "args": ["-S", script, *arguments], **more}
+
+
+def tapped(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`config` with its test servers run by children/tap.py, which writes what they hear to `folder`."""
+    ours = str(HOME / "tests" / "children") + os.sep
+
+    def entry(server: dict[str, Any]) -> dict[str, Any]:
+        arguments = server.get("args", ())
+        script = next((index for index, one in enumerate(arguments) if str(one).startswith(ours)), None)
+        if script is None or script > 1:
+            return server
+        tap = [ours + "tap.py", str(folder)]
+        return {**server, "args": [*arguments[:script], *tap, *arguments[script:]]}
+
+    servers = config.get("mcpServers", {})
+    return {**config, "mcpServers": {name: entry(server) for name, server in servers.items()}}
 
 
 @pytest.fixture(scope="session")

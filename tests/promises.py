@@ -50,6 +50,123 @@ PROMISES: Final = {
         "No pip, no network, a wrong hash: the build says which and what to do, without a traceback.",
         "DESIGN, Commands",
     ),
+    # Serving
+    "serve.screen": Promise(
+        "The start-up screen shows the URL, each server with its state and tools, and how to connect.",
+        "issue 4",
+    ),
+    "start.waits": Promise(
+        "A call to a server that is still starting waits for it; a list does not wait for a slow one.",
+        "issue 4, item 2; DESIGN, Lists",
+    ),
+    "stop.everything": Promise(
+        "Ctrl-C stops everything, children and grandchildren too, in order and without a traceback.",
+        "issue 4",
+    ),
+    "stop.drains": Promise("At SIGTERM calls in flight have `drain` seconds.", "DESIGN, Config"),
+    "stop.killed": Promise(
+        "If Atrax itself is killed, its children die at once.", "DESIGN, Safe by default"
+    ),
+    # Clients and servers
+    "clients.one_url": Promise("Clients of both eras use one URL.", "DESIGN, The promise"),
+    "clients.real": Promise(
+        "Real clients not ours list, call, read and get an error right, on both endpoints.",
+        "issue 4",
+    ),
+    "servers.real": Promise("Real servers not ours run side by side in one config.", "issue 4"),
+    "servers.side_by_side": Promise(
+        "A slow or broken server never delays or breaks the others.", "issue 4, item 2"
+    ),
+    "servers.what_is_wrong": Promise(
+        "/status and the screen say in one line what is wrong with each server.", "issue 4"
+    ),
+    "cells.conformance": Promise(
+        "The official conformance suite passes in all four cells, on both endpoints.",
+        "DESIGN, The promise",
+    ),
+    "ids.never_cross": Promise(
+        "Each client's ids are its own: no answer is misdelivered.", "DESIGN, Ids"
+    ),
+    "lists.complete": Promise(
+        "Every item of every server is listed once, with pages followed on both sides.", "issue 4"
+    ),
+    "lists.equal_names": Promise(
+        "Of names that become equal the first in config order is kept.", "DESIGN, Lists"
+    ),
+    # What breaks
+    "crash.isolated": Promise(
+        "A child that dies fails only its own calls (1000); its server comes back.",
+        "issue 4; DESIGN, A child that dies",
+    ),
+    "crash.repeated": Promise(
+        "What is safe to repeat and has shown nothing yet is repeated once on the successor.",
+        "DESIGN, A child that dies",
+    ),
+    "crash.circuit": Promise(
+        "A server that keeps dying is started less and less often, then given up for a while, visibly.",
+        "DESIGN, Config, restart",
+    ),
+    "resume.post_stream": Promise(
+        "A legacy client whose stream broke in a call fetches what is left with Last-Event-ID, it alone, once.",
+        "PROTOCOL, North, resumption",
+    ),
+    "cancel.closing": Promise(
+        "Closing the response cancels a modern client's call at the child, and no legacy client's.",
+        "PROTOCOL, North, the client closes the response",
+    ),
+    # JSON and schemas
+    "json.refused": Promise(
+        "What is no JSON, too deep or ambiguous is refused and never forwarded.",
+        "issue 4; PROTOCOL, JSON",
+    ),
+    "json.exact": Promise(
+        "An integer arrives as it was sent; one beyond 64 bits is an error, not another number.",
+        "DESIGN, Everything travels",
+    ),
+    "json.one_reading": Promise(
+        "Nothing can pass a check in one reading and reach the child in another.",
+        "DESIGN, Everything travels",
+    ),
+    "json.child_lies": Promise(
+        "What a child writes can fail the call it answers, and no other.", "PROTOCOL, JSON"
+    ),
+    "schema.never_fetched": Promise(
+        "A `$ref` is never fetched; a tool that needs one is hidden, and /status says why.",
+        "DESIGN, Calls",
+    ),
+    "schema.never_stalls": Promise(
+        "No schema and no argument, however made, holds up other clients.", "DESIGN, Calls"
+    ),
+    # Everything travels, in every cell
+    "travels.list_changed": Promise(
+        "A changed list is announced to who sees it, and only to them.", "DESIGN, Lists"
+    ),
+    "travels.progress": Promise(
+        "Progress comes under the request's own token.", "DESIGN, Everything travels"
+    ),
+    "travels.logging": Promise(
+        "Log messages come from the level that the client wants.", "DESIGN, Everything travels"
+    ),
+    "travels.cancellation": Promise(
+        "A cancelled call ends at the child, and only that call.", "DESIGN, Everything travels"
+    ),
+    "travels.completion": Promise(
+        "Completion is answered by the server of the reference.", "DESIGN, Everything travels"
+    ),
+    "travels.subscriptions": Promise(
+        "Who subscribed to a resource hears of its changes, until it unsubscribes.",
+        "DESIGN, Everything travels",
+    ),
+    "travels.meta": Promise(
+        "Trace context, other `_meta` and unknown members pass untouched, both ways.",
+        "DESIGN, Everything travels",
+    ),
+    # The documents
+    "docs.keys": Promise(
+        "README's table of keys is the one that the code declares.", "STYLE, Tests; README"
+    ),
+    "docs.commands": Promise("Every command is in README, and every one there exists.", "STYLE, Tests"),
+    "docs.tests": Promise("Every test that SECURITY names exists.", "SECURITY"),
     # The house
     "house.sections": Promise(
         "A section of atrax.py names only what stands above it.", "STYLE, table of contents"

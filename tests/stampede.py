@@ -201,9 +201,7 @@ def call(ident: Json, tool: str, nonce: str, more: str = "") -> bytes:
     return message(ident, "tools/call", f'{{"name":"{tool}","arguments":{{"n":"{nonce}"}}{more}}}')
 
 
-async def stampede(
-    url: str, calls: int, clients: int, patience: float, tools: list[str]
-) -> Tally:
+async def stampede(url: str, calls: int, clients: int, patience: float, tools: list[str]) -> Tally:
     crowd = Crowd(url, calls)
     eras: list[Callable[..., Any]] = [crowd.modern, crowd.legacy]
     kinds = itertools.cycle(itertools.product(tools, (False, True), eras))

@@ -5,12 +5,9 @@ Real clients and processes are in test_four_cells and test_conformance."""
 
 from __future__ import annotations
 
-import asyncio
 import base64
-
 import json
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +29,7 @@ from atrax import (
     Error,
     HttpError,
     HttpRequest,
+    Limits,
     Notice,
     Outcome,
     Record,
@@ -39,7 +37,11 @@ from atrax import (
 
 BOTH = "application/json, text/event-stream"
 FORM = {"message": "who?", "requestedSchema": {"type": "object", "properties": {}}}
-CAN_ALL = {"elicitation": {"form": {}, "url": {}}, "sampling": {"tools": {}, "context": {}}, "roots": {}}
+CAN_ALL: dict[str, Any] = {
+    "elicitation": {"form": {}, "url": {}},
+    "sampling": {"tools": {}, "context": {}},
+    "roots": {},
+}
 
 
 class Told:
@@ -52,6 +54,8 @@ class Told:
         self.ended = False
         self.closed: Callable[[], None] | None = None
         self.stalled = False
+        self.extra: Any = ()
+        self.waiting = 0
 
     def full(self, status: int, headers: Any, body: bytes) -> None:
         self.head(status, headers)
@@ -140,11 +144,12 @@ class Stand:
         self.time = 100.0
         self.timers: list[tuple[float, Callable[[], None]]] = []
         self.gone: list[Any] = []
-        self.limits = SimpleNamespace(depth=200, sessions=3, session_idle=3600.0, parked=2, park=300.0)
+        self.limits = Limits(sessions=3, parked=2)
         self.clients = Clients(
             self, self.limits, Record(), lambda: self.time, b"k" * 32, self.gone.append,
             self.later,
             atrax.check_request,
+            atrax.check_answer,
             lambda: 1e9 + self.time,
         )  # fmt: skip
 
@@ -176,7 +181,12 @@ class Stand:
         return self.calls[-1]
 
     def send(
-        self, method: str, body: Any, headers: dict[str, str], who: str = "anonymous", endpoint: str = ""
+        self,
+        method: str,
+        body: Any,
+        headers: dict[str, str],
+        who: str = "anonymous",
+        endpoint: str = "",
     ) -> Told:
         told = Told()
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -228,7 +238,9 @@ class Stand:
             sent["mcp-protocol-version"] = version
         return self.send("POST", body, sent, who, endpoint)
 
-    def get(self, session: str | None, last: str = "", who: str = "anonymous", endpoint: str = "") -> Told:
+    def get(
+        self, session: str | None, last: str = "", who: str = "anonymous", endpoint: str = ""
+    ) -> Told:
         headers = {"accept": "text/event-stream"}
         if session:
             headers["mcp-session-id"] = session
@@ -237,9 +249,17 @@ class Stand:
         return self.send("GET", b"", headers, who, endpoint)
 
     def session(
-        self, version: str = "2025-11-25", capabilities: Any = None, who: str = "anonymous", endpoint: str = ""
+        self,
+        version: str = "2025-11-25",
+        capabilities: Any = None,
+        who: str = "anonymous",
+        endpoint: str = "",
     ) -> str:
-        told = self.legacy(initialize(version, CAN_ALL if capabilities is None else capabilities), who=who, endpoint=endpoint)
+        told = self.legacy(
+            initialize(version, CAN_ALL if capabilities is None else capabilities),
+            who=who,
+            endpoint=endpoint,
+        )
         assert told.status == 200, told.body
         return told.headers["mcp-session-id"]
 
@@ -313,9 +333,23 @@ def test_other_methods_and_media_types_are_refused(stand: Stand) -> None:
     assert stand.send("GET", b"", {"mcp-protocol-version": MODERN}).status == 405
     assert stand.send("DELETE", b"", {"mcp-protocol-version": MODERN}).status == 405
     assert stand.send("POST", b"{}", {"content-type": "text/plain"}).status == 415
-    assert stand.send("POST", b"{}", {"content-type": "application/json", "accept": "text/html"}).status == 406
-    assert stand.send("POST", b"{}", {"content-type": "application/json", "accept": "application/json"}).status == 406
-    for accept in ("*/*", "application/*, text/*", "text/event-stream;q=0.5,application/json ; q=1"):
+    assert (
+        stand.send(
+            "POST", b"{}", {"content-type": "application/json", "accept": "text/html"}
+        ).status
+        == 406
+    )
+    assert (
+        stand.send(
+            "POST", b"{}", {"content-type": "application/json", "accept": "application/json"}
+        ).status
+        == 406
+    )
+    for accept in (
+        "*/*",
+        "application/*, text/*",
+        "text/event-stream;q=0.5,application/json ; q=1",
+    ):
         headers = {"content-type": "application/json; charset=utf-8", "accept": accept}
         told = stand.send("POST", rpc("ping"), headers)
         assert (told.status, told.json["result"]) == (200, {})
@@ -323,7 +357,11 @@ def test_other_methods_and_media_types_are_refused(stand: Stand) -> None:
 
 def test_what_is_no_json_is_a_parse_error_without_an_id(stand: Stand) -> None:
     told = stand.send("POST", b"{", {"content-type": "application/json"})
-    assert (told.status, told.json["id"], told.json["error"]["code"]) == (400, None, atrax.PARSE_ERROR)
+    assert (told.status, told.json["id"], told.json["error"]["code"]) == (
+        400,
+        None,
+        atrax.PARSE_ERROR,
+    )
 
 
 # ---- modern: the ladder ----
@@ -335,8 +373,16 @@ def test_what_is_no_json_is_a_parse_error_without_an_id(stand: Stand) -> None:
         ({"mcp_protocol_version": None}, 400, atrax.HEADER_MISMATCH),
         ({"mcp_protocol_version": "v999.0.0"}, 400, atrax.HEADER_MISMATCH),
         ({"meta": {META_VERSION: "v999.0.0"}}, 400, atrax.HEADER_MISMATCH),
-        ({"meta": {META_VERSION: "v999.0.0"}, "mcp_protocol_version": "v999.0.0"}, 400, atrax.UNSUPPORTED_VERSION),
-        ({"meta": {META_VERSION: "2025-11-25"}, "mcp_protocol_version": "2025-11-25"}, 400, atrax.UNSUPPORTED_VERSION),
+        (
+            {"meta": {META_VERSION: "v999.0.0"}, "mcp_protocol_version": "v999.0.0"},
+            400,
+            atrax.UNSUPPORTED_VERSION,
+        ),
+        (
+            {"meta": {META_VERSION: "2025-11-25"}, "mcp_protocol_version": "2025-11-25"},
+            400,
+            atrax.UNSUPPORTED_VERSION,
+        ),
         ({"meta": {META_VERSION: 1}}, 400, atrax.INVALID_PARAMS),
         ({"meta": {META_CAPABILITIES: None}}, 400, atrax.INVALID_PARAMS),
         ({"meta": {META_CLIENT: {"name": "x"}}}, 400, atrax.INVALID_PARAMS),
@@ -394,7 +440,12 @@ def test_a_call_reaches_the_door_without_its_era(stand: Stand) -> None:
     )  # fmt: skip
     call = stand.last.call
     assert call.params == {"name": "t", "arguments": {"a": 1}, "_meta": {"traceparent": "00-a"}}
-    assert (call.version, call.endpoint, call.log_level, call.progress) == (MODERN, "git", "error", True)
+    assert (call.version, call.endpoint, call.log_level, call.progress) == (
+        MODERN,
+        "git",
+        "error",
+        True,
+    )
     assert call.owner == atrax.Owner("ann") and call.mirrored == {"mcp-param-region": "eu"}
     assert call.capabilities == CAN_ALL and call.client == {"name": "c", "version": "1"}
     stand.tool()
@@ -407,7 +458,9 @@ def test_a_call_reaches_the_door_without_its_era(stand: Stand) -> None:
 def test_a_result_is_json_with_its_own_bytes_and_a_result_type(stand: Stand) -> None:
     told = stand.tool(ident="x")
     stand.last.done(Outcome(result={"content": []}, raw=b' {"content" : []}'))
-    assert told.body == b'{"jsonrpc":"2.0","id":"x","result":{"resultType":"complete","content" : []}}'
+    assert (
+        told.body == b'{"jsonrpc":"2.0","id":"x","result":{"resultType":"complete","content" : []}}'
+    )
     for raw in (b"{}", b"{ }"):
         told = stand.tool()
         stand.last.done(Outcome(result={}, raw=raw))
@@ -420,10 +473,20 @@ def test_a_result_is_json_with_its_own_bytes_and_a_result_type(stand: Stand) -> 
 def test_lists_and_reads_say_how_long_they_hold(stand: Stand) -> None:
     told = stand.modern("tools/list")
     stand.last.done(Outcome(raw=b'{"tools":[]}', ttl_ms=60000, public=True))
-    assert told.json["result"] == {"resultType": "complete", "ttlMs": 60000, "cacheScope": "public", "tools": []}
+    assert told.json["result"] == {
+        "resultType": "complete",
+        "ttlMs": 60000,
+        "cacheScope": "public",
+        "tools": [],
+    }
     told = stand.modern("resources/read", {"uri": "a:b"})
     stand.last.result({"contents": []})
-    assert told.json["result"] == {"resultType": "complete", "ttlMs": 0, "cacheScope": "private", "contents": []}
+    assert told.json["result"] == {
+        "resultType": "complete",
+        "ttlMs": 0,
+        "cacheScope": "private",
+        "contents": [],
+    }
     own = {"resultType": "complete", "contents": [], "ttlMs": 5, "cacheScope": "public"}
     told = stand.modern("resources/read", {"uri": "a:b"})
     stand.last.result(own)
@@ -444,10 +507,16 @@ def test_lists_and_reads_say_how_long_they_hold(stand: Stand) -> None:
         (1000, 200, 1000),
     ],
 )
-def test_errors_have_the_codes_and_statuses_of_the_era(stand: Stand, code: int, status: int, out: int) -> None:
+def test_errors_have_the_codes_and_statuses_of_the_era(
+    stand: Stand, code: int, status: int, out: int
+) -> None:
     told = stand.tool()
     stand.last.fails(code, "why")
-    assert (told.status, told.json["error"]["code"], told.json["error"]["message"]) == (status, out, "why")
+    assert (told.status, told.json["error"]["code"], told.json["error"]["message"]) == (
+        status,
+        out,
+        "why",
+    )
 
 
 def test_too_many_requests_travel_with_retry_after(stand: Stand) -> None:
@@ -458,7 +527,9 @@ def test_too_many_requests_travel_with_retry_after(stand: Stand) -> None:
     assert (told.status, told.headers["retry-after"]) == (429, "7")
 
 
-def test_notes_make_the_response_an_event_stream_with_the_token_of_the_request(stand: Stand) -> None:
+def test_notes_make_the_response_an_event_stream_with_the_token_of_the_request(
+    stand: Stand,
+) -> None:
     told = stand.tool(meta={"progressToken": 0, META_LOG_LEVEL: "warning"})
     sink = stand.last.sink
     sink.note(Notice("notifications/message", {"level": "info", "data": "no"}))
@@ -468,7 +539,11 @@ def test_notes_make_the_response_an_event_stream_with_the_token_of_the_request(s
     sink.note(Notice("notifications/elicitation/complete", {"elicitationId": "e"}))
     stand.last.fails(atrax.METHOD_NOT_FOUND)
     assert told.streams and told.ended and told.status == 200
-    assert [message.get("method") for message in told.messages] == ["notifications/progress", "notifications/message", None]
+    assert [message.get("method") for message in told.messages] == [
+        "notifications/progress",
+        "notifications/message",
+        None,
+    ]
     assert told.messages[0]["params"] == {"progressToken": 0, "progress": 1}
     assert told.messages[2]["error"]["code"] == atrax.METHOD_NOT_FOUND
 
@@ -516,7 +591,9 @@ def test_a_slow_reader_loses_the_oldest_notes_and_nothing_else(stand: Stand) -> 
     told.stalled = True
     text = "x" * 1000
     for number in range(2000):
-        stand.last.sink.note(Notice("notifications/progress", {"progress": number, "message": text}))
+        stand.last.sink.note(
+            Notice("notifications/progress", {"progress": number, "message": text})
+        )
     stand.wait(1)
     assert told.body == b""
     told.stalled = False
@@ -528,10 +605,17 @@ def test_a_slow_reader_loses_the_oldest_notes_and_nothing_else(stand: Stand) -> 
 
 
 def test_a_listen_has_its_id_on_every_frame_and_ends_with_its_own_result(stand: Stand) -> None:
-    told = stand.modern("subscriptions/listen", {"notifications": {"toolsListChanged": True}}, ident=3)
+    told = stand.modern(
+        "subscriptions/listen", {"notifications": {"toolsListChanged": True}}, ident=3
+    )
     assert told.streams
     sink = stand.last.sink
-    sink.note(Notice("notifications/subscriptions/acknowledged", {"notifications": {"toolsListChanged": True}}))
+    sink.note(
+        Notice(
+            "notifications/subscriptions/acknowledged",
+            {"notifications": {"toolsListChanged": True}},
+        )
+    )
     sink.note(Notice("notifications/tools/list_changed", {}))
     stand.clients.drain()
     assert told.ended and len(stand.last.cancelled) == 1
@@ -580,8 +664,17 @@ def test_asks_are_gathered_into_one_round_and_the_retry_answers_them(stand: Stan
     assert asked["resultType"] == "input_required"
     assert asked["inputRequests"]["one"] == {"method": "elicitation/create", "params": FORM}
     opened.sink.note(Notice("notifications/progress", {"progress": 1}))  # nobody is there: dropped
-    told = retry(stand, asked["requestState"], {"one": YES, "two": YES, "three": 5}, ident=2, meta={"progressToken": "b"})
-    assert [(ask.key, outcome.result) for ask, outcome in opened.answers] == [("one", YES), ("two", YES)]
+    told = retry(
+        stand,
+        asked["requestState"],
+        {"one": YES, "two": YES, "three": 5},
+        ident=2,
+        meta={"progressToken": "b"},
+    )
+    assert [(ask.key, outcome.result) for ask, outcome in opened.answers] == [
+        ("one", YES),
+        ("two", YES),
+    ]
     opened.sink.note(Notice("notifications/progress", {"progress": 2}))
     opened.result({"content": []})
     assert told.messages[0]["params"] == {"progressToken": "b", "progress": 2}
@@ -594,7 +687,10 @@ def test_what_is_missing_or_wrong_is_asked_for_again(stand: Stand) -> None:
     told = retry(stand, asked["requestState"], {"one": YES, "two": 7})
     stand.wait(0.2)
     again = told.json["result"]
-    assert set(again["inputRequests"]) == {"two", "three"} and again["requestState"] != asked["requestState"]
+    assert (
+        set(again["inputRequests"]) == {"two", "three"}
+        and again["requestState"] != asked["requestState"]
+    )
     assert [ask.key for ask, _ in opened.answers] == ["one"]
     told = retry(stand, again["requestState"], {"two": YES, "three": YES})
     opened.result({"ok": 1})
@@ -620,7 +716,9 @@ def test_an_ask_that_the_child_takes_back_leaves_the_round(stand: Stand) -> None
     assert told.json["result"] == {"resultType": "complete"}
 
 
-def test_a_repeated_retry_takes_over_while_it_runs_and_gets_the_same_answer_afterwards(stand: Stand) -> None:
+def test_a_repeated_retry_takes_over_while_it_runs_and_gets_the_same_answer_afterwards(
+    stand: Stand,
+) -> None:
     opened, asked = parked(stand, "one")
     first = retry(stand, asked["requestState"], {"one": YES}, ident=2)
     second = retry(stand, asked["requestState"], {"one": YES}, ident=3)
@@ -645,7 +743,9 @@ def test_the_result_of_a_retry_is_not_to_be_cached(stand: Stand) -> None:
     stand.last.asks("k")
     stand.wait(0.2)
     state = told.json["result"]["requestState"]
-    told = stand.modern("resources/read", {"uri": "a:b", "requestState": state, "inputResponses": {"k": YES}})
+    told = stand.modern(
+        "resources/read", {"uri": "a:b", "requestState": state, "inputResponses": {"k": YES}}
+    )
     stand.last.result({"contents": [], "ttlMs": 9000, "cacheScope": "public"})
     assert told.json["result"]["ttlMs"] == 0
 
@@ -672,7 +772,9 @@ def test_an_outcome_that_comes_while_parked_waits_for_the_retry(stand: Stand) ->
         {"params": {"name": "u"}},
     ],
 )
-def test_a_state_that_was_altered_or_is_another_calls_is_refused(stand: Stand, change: dict[str, Any]) -> None:
+def test_a_state_that_was_altered_or_is_another_calls_is_refused(
+    stand: Stand, change: dict[str, Any]
+) -> None:
     opened, asked = parked(stand, "one")
     change = dict(change)
     state = change.pop("state", lambda state: state)(asked["requestState"])
@@ -735,7 +837,11 @@ def test_an_undeclared_ask_is_refused_alone_and_named_when_the_call_fails(stand:
         else:
             stand.last.result(failure)
         error = told.json["error"]
-        assert (told.status, error["code"], error["message"]) == (400, atrax.MISSING_CAPABILITY, "sad")
+        assert (told.status, error["code"], error["message"]) == (
+            400,
+            atrax.MISSING_CAPABILITY,
+            "sad",
+        )
         assert error["data"] == {"requiredCapabilities": {"sampling": {}}}
     told = stand.tool(capabilities={})
     stand.last.asks("s", "roots/list")
@@ -752,17 +858,28 @@ def test_answers_without_a_state_are_used_where_they_fit(stand: Stand) -> None:
     stand.wait(0.2)
     assert set(told.json["result"]["inputRequests"]) == {"two"}
     for bad in (None, 5, []):
-        assert stand.tool(params={"inputResponses": bad}).json["error"]["code"] == atrax.INVALID_PARAMS
+        assert (
+            stand.tool(params={"inputResponses": bad}).json["error"]["code"] == atrax.INVALID_PARAMS
+        )
     assert len(stand.calls) == 1
 
 
 def test_a_modern_childs_own_state_travels_inside_ours_and_finds_its_process(stand: Stand) -> None:
     told = stand.tool()
     question = {"k": {"method": "roots/list"}}
-    result = {"resultType": "input_required", "inputRequests": question, "requestState": "own", "_meta": {"x": 1}}
+    result = {
+        "resultType": "input_required",
+        "inputRequests": question,
+        "requestState": "own",
+        "_meta": {"x": 1},
+    }
     stand.last.result(result, place="git#2")
     asked = told.json["result"]
-    assert asked["inputRequests"] == question and asked["requestState"] != "own" and asked["_meta"] == {"x": 1}
+    assert (
+        asked["inputRequests"] == question
+        and asked["requestState"] != "own"
+        and asked["_meta"] == {"x": 1}
+    )
     told = retry(stand, asked["requestState"], {"k": {"roots": []}})
     call = stand.last.call
     assert (call.params["requestState"], call.place) == ("own", "git#2")
@@ -773,7 +890,9 @@ def test_a_modern_childs_own_state_travels_inside_ours_and_finds_its_process(sta
     assert "requestState" not in stand.last.call.params and stand.last.call.place == "git#2"
 
 
-def test_a_modern_child_that_asks_the_undeclared_or_asks_where_it_must_not_is_an_error(stand: Stand) -> None:
+def test_a_modern_child_that_asks_the_undeclared_or_asks_where_it_must_not_is_an_error(
+    stand: Stand,
+) -> None:
     told = stand.tool(capabilities={})
     question = {"k": {"method": "elicitation/create", "params": FORM}}
     stand.last.result({"resultType": "input_required", "inputRequests": question})
@@ -790,7 +909,9 @@ def test_a_modern_child_that_asks_the_undeclared_or_asks_where_it_must_not_is_an
 def test_a_url_that_must_be_visited_is_asked_for_and_the_retry_calls_again(stand: Stand) -> None:
     told = stand.tool()
     elicitation = {"mode": "url", "url": "https://x", "message": "m", "elicitationId": "e1"}
-    stand.last.fails(atrax.LEGACY_URL_ELICITATION, "visit", {"elicitations": [elicitation]}, place="git#1")
+    stand.last.fails(
+        atrax.LEGACY_URL_ELICITATION, "visit", {"elicitations": [elicitation]}, place="git#1"
+    )
     asked = told.json["result"]
     params = asked["inputRequests"]["elicitation-1"]["params"]
     assert params == {"mode": "url", "url": "https://x", "message": "m"}
@@ -808,7 +929,7 @@ def test_a_url_that_must_be_visited_is_asked_for_and_the_retry_calls_again(stand
 
 
 def test_a_principal_that_is_dropped_loses_what_it_has_open(stand: Stand) -> None:
-    opened, asked = parked(stand, "one", who="ann")
+    opened, _ = parked(stand, "one", who="ann")
     told = stand.tool(who="ann")
     listen = stand.modern("subscriptions/listen", {"notifications": {}}, who="ann")
     session = stand.session(who="ann")
@@ -831,9 +952,15 @@ def test_initialize_makes_a_session_and_says_what_there_is(stand: Stand) -> None
         "instructions": "be kind",
     }
     call = stand.last.call
-    assert (call.method, call.version, call.client) == ("server/discover", "2025-06-18", {"name": "c", "version": "1"})
+    assert (call.method, call.version, call.client) == (
+        "server/discover",
+        "2025-06-18",
+        {"name": "c", "version": "1"},
+    )
     assert stand.legacy(initialize("2027-01-01")).json["result"]["protocolVersion"] == "2025-11-25"
-    assert stand.legacy(initialize("1"), version="1").json["result"]["protocolVersion"] == "2025-11-25"
+    assert (
+        stand.legacy(initialize("1"), version="1").json["result"]["protocolVersion"] == "2025-11-25"
+    )
 
 
 def test_an_initialize_that_fails_makes_no_session(stand: Stand) -> None:
@@ -846,12 +973,17 @@ def test_an_initialize_that_fails_makes_no_session(stand: Stand) -> None:
     assert stand.clients.legacy.sessions == {}
 
 
-def test_a_session_is_known_to_its_principal_and_endpoint_alone_until_it_is_deleted(stand: Stand) -> None:
+def test_a_session_is_known_to_its_principal_and_endpoint_alone_until_it_is_deleted(
+    stand: Stand,
+) -> None:
     session = stand.session(who="ann", endpoint="git")
     assert stand.legacy(rpc("ping"), session, who="ann", endpoint="git").json["result"] == {}
     for who, endpoint in (("bob", "git"), ("ann", ""), ("ann", "time")):
         assert stand.legacy(rpc("ping"), session, who=who, endpoint=endpoint).status == 404
-    assert stand.legacy(rpc("ping"), session, who="ann", endpoint="git", version="1999-01-01").status == 400
+    assert (
+        stand.legacy(rpc("ping"), session, who="ann", endpoint="git", version="1999-01-01").status
+        == 400
+    )
     headers = {"mcp-session-id": session}
     assert stand.send("DELETE", b"", headers, "ann", "git").status == 200
     assert stand.send("DELETE", b"", headers, "ann", "git").status == 404
@@ -863,7 +995,12 @@ def test_a_session_is_known_to_its_principal_and_endpoint_alone_until_it_is_dele
 def test_requests_without_a_session_are_served_as_far_as_they_need_none(stand: Stand) -> None:
     told = stand.legacy(tool())
     call = stand.last.call
-    assert (call.version, call.owner, call.any_output, call.mirrored) == ("2025-03-26", atrax.Owner("anonymous"), False, None)
+    assert (call.version, call.owner, call.any_output, call.mirrored) == (
+        "2025-03-26",
+        atrax.Owner("anonymous"),
+        False,
+        None,
+    )
     stand.last.asks("k")
     assert stand.last.answers[0][1].error is not None
     stand.last.result({"content": []})
@@ -914,7 +1051,11 @@ def test_errors_are_http_200_and_the_codes_of_the_era(stand: Stand) -> None:
     told = stand.legacy(rpc("tools/call", {"name": "t", "_meta": 5}), session)
     assert told.json["error"]["code"] == atrax.INVALID_PARAMS
     told = stand.legacy({"jsonrpc": "2.0", "id": 4, "method": 5}, session)
-    assert (told.status, told.json["id"], told.json["error"]["code"]) == (400, 4, atrax.INVALID_REQUEST)
+    assert (told.status, told.json["id"], told.json["error"]["code"]) == (
+        400,
+        4,
+        atrax.INVALID_REQUEST,
+    )
 
 
 def test_levels_filter_log_messages(stand: Stand) -> None:
@@ -928,9 +1069,14 @@ def test_levels_filter_log_messages(stand: Stand) -> None:
         return [m["params"]["level"] for m in told.messages if "method" in m]
 
     assert heard() == ["info", "error"]
-    assert stand.legacy(rpc("logging/setLevel", {"level": "debug"}), session).body.endswith(b'"result":{}}')
+    assert stand.legacy(rpc("logging/setLevel", {"level": "debug"}), session).body.endswith(
+        b'"result":{}}'
+    )
     assert heard() == ["debug", "info", "error"] and stand.last.call.log_level == "debug"
-    assert stand.legacy(rpc("logging/setLevel", {"level": 5}), session).json["error"]["code"] == atrax.INVALID_PARAMS
+    assert (
+        stand.legacy(rpc("logging/setLevel", {"level": 5}), session).json["error"]["code"]
+        == atrax.INVALID_PARAMS
+    )
 
 
 # ---- legacy: results by version ----
@@ -939,7 +1085,11 @@ def test_levels_filter_log_messages(stand: Stand) -> None:
 def test_a_result_passes_untouched_where_nothing_has_to_change(stand: Stand) -> None:
     session = stand.session()
     told = stand.legacy(tool("x"), session)
-    stand.last.done(Outcome(result={"content": [], "_meta": {"a/b": 1}}, raw=b'{"content" : [],"_meta":{"a/b":1}}'))
+    stand.last.done(
+        Outcome(
+            result={"content": [], "_meta": {"a/b": 1}}, raw=b'{"content" : [],"_meta":{"a/b":1}}'
+        )
+    )
     assert told.body == b'{"jsonrpc":"2.0","id":"x","result":{"content" : [],"_meta":{"a/b":1}}}'
     told = stand.legacy(rpc("tools/list"), session)
     stand.last.done(Outcome(raw=b'{"tools":[]}', ttl_ms=5))
@@ -966,7 +1116,9 @@ def test_a_legacy_client_gets_nothing_of_the_modern_era(stand: Stand) -> None:
         ("2025-06-18", ["text", "audio", "resource_link", "image"]),
     ],
 )
-def test_content_that_a_version_lacks_becomes_text(stand: Stand, version: str, kinds: list[str]) -> None:
+def test_content_that_a_version_lacks_becomes_text(
+    stand: Stand, version: str, kinds: list[str]
+) -> None:
     content = [
         {"type": "text", "text": "t"},
         {"type": "audio", "data": "", "mimeType": "audio/wav"},
@@ -1001,10 +1153,16 @@ def test_structured_content_that_is_no_object_becomes_a_text_block_once(stand: S
 
 def test_a_batch_is_answered_by_an_array_in_the_version_that_has_them(stand: Stand) -> None:
     session = stand.session("2025-03-26")
-    told = stand.legacy([tool(1), rpc("ping", None, 2), rpc("notifications/x", None, None), {"id": 3}], session)
+    told = stand.legacy(
+        [tool(1), rpc("ping", None, 2), rpc("notifications/x", None, None), {"id": 3}], session
+    )
     assert told.status == 0
     stand.last.result({"content": []})
-    assert [(item["id"], "result" in item) for item in told.json] == [(2, True), (3, False), (1, True)]
+    assert [(item["id"], "result" in item) for item in told.json] == [
+        (2, True),
+        (3, False),
+        (1, True),
+    ]
     assert stand.legacy([rpc("notifications/x", None, None)], session).status == 202
     for bad in ([], [initialize()], [rpc("ping")] * 101):
         assert stand.legacy(bad, session).status == 400
@@ -1013,7 +1171,9 @@ def test_a_batch_is_answered_by_an_array_in_the_version_that_has_them(stand: Sta
 
 
 def test_a_batch_whose_call_says_something_becomes_a_stream(stand: Stand) -> None:
-    told = stand.legacy([tool(1, progressToken="t"), rpc("ping", None, 2), tool(3)], stand.session("2025-03-26"))
+    told = stand.legacy(
+        [tool(1, progressToken="t"), rpc("ping", None, 2), tool(3)], stand.session("2025-03-26")
+    )
     first, second = stand.calls[-2:]
     first.sink.note(Notice("notifications/progress", {"progress": 1}))
     first.result({})
@@ -1036,7 +1196,9 @@ def test_a_stream_is_primed_in_the_newest_version_and_has_ids_in_all(stand: Stan
     assert told.events[0]["id"] == "1-1"
 
 
-def test_closing_does_not_cancel_and_the_answer_is_fetched_where_the_stream_broke(stand: Stand) -> None:
+def test_closing_does_not_cancel_and_the_answer_is_fetched_where_the_stream_broke(
+    stand: Stand,
+) -> None:
     session = stand.session()
     told = stand.legacy(tool(1, progressToken=5), session)
     opened = stand.last
@@ -1137,8 +1299,12 @@ def test_ending_a_session_cancels_its_calls_and_closes_its_streams(stand: Stand)
 
 # ---- legacy: asks ----
 
+SAMPLED = {"role": "assistant", "content": {"type": "text", "text": "t"}, "model": "m"}
 
-def test_an_ask_is_a_request_on_the_calls_stream_and_its_answer_finds_the_child(stand: Stand) -> None:
+
+def test_an_ask_is_a_request_on_the_calls_stream_and_its_answer_finds_the_child(
+    stand: Stand,
+) -> None:
     session = stand.session()
     told = stand.legacy(tool(), session)
     opened = stand.last
@@ -1155,10 +1321,26 @@ def test_an_ask_is_a_request_on_the_calls_stream_and_its_answer_finds_the_child(
     stand.legacy({"jsonrpc": "2.0", "id": first["id"], "result": YES}, session)
     stand.legacy({"jsonrpc": "2.0", "id": first["id"], "result": YES}, session)  # twice: ignored
     stand.legacy({"jsonrpc": "2.0", "id": 99, "result": YES}, session)
-    assert [(ask.key, outcome.result) for ask, outcome in opened.answers] == [("b", None), ("a", YES)]
+    assert [(ask.key, outcome.result) for ask, outcome in opened.answers] == [
+        ("b", None),
+        ("a", YES),
+    ]
     assert opened.answers[0][1].error.message == "no"
     opened.result({})
     assert told.ended and told.messages[-1] == {"jsonrpc": "2.0", "id": 1, "result": {}}
+
+
+def test_an_answer_that_is_none_is_an_error_for_the_child(stand: Stand) -> None:
+    session = stand.session()
+    told = stand.legacy(tool(), session)
+    for key, method, wrong in (
+        ("a", "elicitation/create", {"action": "maybe"}),
+        ("b", "roots/list", {"roots": [1]}),
+    ):
+        stand.last.asks(key, method)
+        answer = {"jsonrpc": "2.0", "id": told.messages[-1]["id"], "result": wrong}
+        assert stand.legacy(answer, session).status == 202
+    assert [outcome.error.code for _, outcome in stand.last.answers] == [atrax.INVALID_PARAMS] * 2
 
 
 def test_another_session_cannot_answer(stand: Stand) -> None:
@@ -1182,7 +1364,9 @@ def test_another_session_cannot_answer(stand: Stand) -> None:
         (CAN_ALL, "other/thing", {}),
     ],
 )
-def test_what_a_client_did_not_declare_is_refused(stand: Stand, capabilities: Any, method: str, params: Any) -> None:
+def test_what_a_client_did_not_declare_is_refused(
+    stand: Stand, capabilities: Any, method: str, params: Any
+) -> None:
     told = stand.legacy(tool(), stand.session(capabilities=capabilities))
     stand.last.sink.ask(Ask("k", method, params))
     assert stand.last.answers[0][1].error.code == atrax.METHOD_NOT_FOUND and told.status == 0
@@ -1202,7 +1386,9 @@ def test_an_ask_that_is_taken_back_or_not_answered_is_cancelled_at_the_client(st
     assert stand.last.answers[0][1].result == {"action": "cancel"}
 
 
-def test_an_ask_of_a_broken_stream_waits_in_the_store_and_one_nobody_can_read_is_refused(stand: Stand) -> None:
+def test_an_ask_of_a_broken_stream_waits_in_the_store_and_one_nobody_can_read_is_refused(
+    stand: Stand,
+) -> None:
     session = stand.session()
     told = stand.legacy(tool(1, progressToken=1), session)
     stand.last.sink.note(Notice("notifications/progress", {"progress": 1}))
@@ -1227,7 +1413,10 @@ def test_a_url_elicitation_gets_an_id_and_old_versions_no_mode(stand: Stand) -> 
 
 # ---- legacy client, modern child ----
 
-ROUND = {"resultType": "input_required", "inputRequests": {"k": {"method": "elicitation/create", "params": FORM}}}
+ROUND = {
+    "resultType": "input_required",
+    "inputRequests": {"k": {"method": "elicitation/create", "params": FORM}},
+}
 
 
 def test_a_modern_childs_questions_are_asked_and_the_call_is_made_again(stand: Stand) -> None:
@@ -1276,7 +1465,10 @@ def test_a_clients_error_cancels_an_elicitation_and_ends_a_call_that_samples(sta
     no = {"code": -1, "message": "user said no"}
     stand.legacy({"jsonrpc": "2.0", "id": told.messages[0]["id"], "error": no}, session)
     assert stand.last.call.params["inputResponses"] == {"k": {"action": "cancel"}}
-    sampling = {"a": {"method": "sampling/createMessage", "params": {}}, "b": {"method": "roots/list"}}
+    sampling = {
+        "a": {"method": "sampling/createMessage", "params": {}},
+        "b": {"method": "roots/list"},
+    }
     stand.last.result({"resultType": "input_required", "inputRequests": sampling})
     stand.legacy({"jsonrpc": "2.0", "id": told.messages[1]["id"], "error": no}, session)
     assert told.ended and told.messages[-1]["error"] == no
@@ -1299,7 +1491,9 @@ def test_a_call_that_is_cancelled_between_rounds_is_not_made_again(stand: Stand)
 def acknowledge(listen: Opened, *uris: str) -> None:
     assert listen.call.method == "subscriptions/listen"
     honoured = {"toolsListChanged": True, "resourceSubscriptions": list(uris)}
-    listen.sink.note(Notice("notifications/subscriptions/acknowledged", {"notifications": honoured}))
+    listen.sink.note(
+        Notice("notifications/subscriptions/acknowledged", {"notifications": honoured})
+    )
 
 
 def subscribe(uri: str, ident: Any = 1, method: str = "resources/subscribe") -> dict[str, Any]:
@@ -1314,14 +1508,24 @@ def test_subscriptions_stand_on_one_listen_that_is_replaced_when_they_change(sta
     told = stand.legacy(subscribe("a:1"), session)
     second = stand.last
     assert second.call.params["notifications"]["resourceSubscriptions"] == ["a:1"]
-    waiting = [stand.legacy(subscribe("a:2", 2), session), stand.legacy(subscribe("bad:", 3), session)]
+    waiting = [
+        stand.legacy(subscribe("a:2", 2), session),
+        stand.legacy(subscribe("bad:", 3), session),
+    ]
     assert stand.last is second and first.cancelled == []
     first.sink.note(Notice("notifications/resources/updated", {"uri": "a:0"}))
     acknowledge(second, "a:1")
     third = stand.last
-    assert told.json["result"] == {} and first.cancelled and third.call.params["notifications"]["resourceSubscriptions"] == ["a:1", "a:2", "bad:"]
+    assert (
+        told.json["result"] == {}
+        and first.cancelled
+        and third.call.params["notifications"]["resourceSubscriptions"] == ["a:1", "a:2", "bad:"]
+    )
     acknowledge(third, "a:1", "a:2")
-    assert waiting[0].json["result"] == {} and waiting[1].json["error"]["code"] == atrax.LEGACY_RESOURCE_NOT_FOUND
+    assert (
+        waiting[0].json["result"] == {}
+        and waiting[1].json["error"]["code"] == atrax.LEGACY_RESOURCE_NOT_FOUND
+    )
     first.sink.note(Notice("notifications/resources/updated", {"uri": "late"}))
     third.sink.note(Notice("notifications/resources/updated", {"uri": "a:2"}))
     assert [m["params"]["uri"] for m in stream.messages] == ["a:0", "a:2"]
@@ -1411,14 +1615,14 @@ def test_the_old_transport_relays_asks_and_ends_when_atrax_closes(stand: Stand) 
     old.send(initialize("2024-11-05", {"sampling": {}}))
     old.send(tool())
     stand.last.asks("a", "sampling/createMessage", includeContext="thisServer", messages=[])
-    old.send({"jsonrpc": "2.0", "id": old.told.messages[-1]["id"], "result": {"role": "user"}})
-    assert stand.last.answers[0][1].result == {"role": "user"}
+    old.send({"jsonrpc": "2.0", "id": old.told.messages[-1]["id"], "result": SAMPLED})
+    assert stand.last.answers[0][1].result == SAMPLED
     stand.clients.close()
     assert old.told.ended
 
 
 def test_nothing_is_left_of_ten_thousand_sessions(stand: Stand) -> None:
-    stand.limits.sessions = 20_000
+    stand.clients.adopt(stand, Limits(sessions=20_000))
     for _ in range(10_000):
         stand.session()
     stand.time += 4000
@@ -1455,7 +1659,11 @@ class Chaos:
         for one in self.replies:
             if one.ended and one.status == 200 and b"requestState" in one.body:
                 found = one.messages if one.streams else [one.json]
-                self.states += [m["result"]["requestState"] for m in found if isinstance(m, dict) and "result" in m]
+                self.states += [
+                    m["result"]["requestState"]
+                    for m in found
+                    if isinstance(m, dict) and "result" in m
+                ]
         return told
 
     @property
@@ -1476,19 +1684,25 @@ class Chaos:
         self.keep(self.stand.modern("subscriptions/listen", {"notifications": {}}, ident=n))
 
     def session(self, n: int) -> None:
-        told = self.keep(self.stand.legacy(initialize(atrax.LEGACY[n % 4], CAN_ALL if n % 3 else {})))
+        told = self.keep(
+            self.stand.legacy(initialize(atrax.LEGACY[n % 4], CAN_ALL if n % 3 else {}))
+        )
         if told.status == 200:
             self.sessions.append(told.headers["mcp-session-id"])
 
     def legacy_call(self, n: int) -> None:
         session = self.pick(self.sessions, n) if n % 7 else None
-        self.keep(self.stand.legacy(tool(n % 4, progressToken=n) if n % 2 else tool(n % 4), session))
+        self.keep(
+            self.stand.legacy(tool(n % 4, progressToken=n) if n % 2 else tool(n % 4), session)
+        )
 
     def batch(self, n: int) -> None:
         self.keep(self.stand.legacy([tool(1), rpc("ping"), tool(2)], self.pick(self.sessions, n)))
 
     def cancel(self, n: int) -> None:
-        self.stand.legacy(rpc("notifications/cancelled", {"requestId": n % 4}, None), self.pick(self.sessions, n))
+        self.stand.legacy(
+            rpc("notifications/cancelled", {"requestId": n % 4}, None), self.pick(self.sessions, n)
+        )
 
     def answer(self, n: int) -> None:
         response = {"jsonrpc": "2.0", "id": f"atrax-{n % 9}"}
@@ -1503,7 +1717,9 @@ class Chaos:
 
     def subscribe(self, n: int) -> None:
         method = "resources/subscribe" if n % 3 else "resources/unsubscribe"
-        self.keep(self.stand.legacy(subscribe(f"a:{n % 3}", n, method), self.pick(self.sessions, n)))
+        self.keep(
+            self.stand.legacy(subscribe(f"a:{n % 3}", n, method), self.pick(self.sessions, n))
+        )
 
     def delete(self, n: int) -> None:
         self.stand.send("DELETE", b"", {"mcp-session-id": self.pick(self.sessions, n)})
@@ -1546,7 +1762,9 @@ class Chaos:
 
     def fail(self, n: int) -> None:
         if (opened := self.on(n)) is not None:
-            opened.fails((atrax.CHILD_DIED, atrax.METHOD_NOT_FOUND, atrax.LEGACY_URL_ELICITATION)[n % 3])
+            opened.fails(
+                (atrax.CHILD_DIED, atrax.METHOD_NOT_FOUND, atrax.LEGACY_URL_ELICITATION)[n % 3]
+            )
 
     def input_required(self, n: int) -> None:
         opened = self.on(n)
@@ -1554,7 +1772,9 @@ class Chaos:
             opened.result([ROUND, {"resultType": "input_required", "requestState": "s"}][n % 2])
 
     def acknowledge(self, n: int) -> None:
-        listens = [opened for opened in self.running if opened.call.method == "subscriptions/listen"]
+        listens = [
+            opened for opened in self.running if opened.call.method == "subscriptions/listen"
+        ]
         if listens:
             acknowledge(self.pick(listens, n), "a:1")
 
@@ -1574,9 +1794,10 @@ class Chaos:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(st.integers(0, 27), st.integers(0, 1000)), max_size=80))
-def test_nothing_breaks_and_nothing_is_left_whatever_the_order(moves: list[tuple[int, int]]) -> None:
+def test_nothing_breaks_and_nothing_is_left_whatever_the_order(
+    moves: list[tuple[int, int]],
+) -> None:
     stand = Stand()
-    stand.limits.sessions = 3
     chaos = Chaos(stand)
     for move, number in moves:
         chaos.moves[move](number)

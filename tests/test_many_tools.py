@@ -94,7 +94,9 @@ async def test_of_equal_names_the_first_in_the_config_is_kept(atrax: Start, firs
     client = gateway.modern()
     names = [tool["name"] for tool in await client.list("tools")]
     hidden = {
-        name: [(item["name"], item["reason"]) for item in server["hidden"] if item["kind"] == "tools"]
+        name: [
+            (item["name"], item["reason"]) for item in server["hidden"] if item["kind"] == "tools"
+        ]
         for name, server in (await gateway.status())["servers"].items()
     }
 

@@ -28,7 +28,8 @@ pytestmark = [
 ]
 
 LEGACY, MODERN = "2025-11-25", "2026-07-28"
-UNKNOWN: Final = -32602  # an unknown tool is one of invalid params in both eras (server/tools, Error Handling)
+# An unknown tool, in both eras (server/tools, Error Handling).
+UNKNOWN: Final = -32602
 CLIENTS: Final = HOME / "tests" / "clients"
 INSPECTOR: Final = (
     NODE_MODULES / "@modelcontextprotocol" / "inspector/clients/launcher/build/index.js"
@@ -143,9 +144,7 @@ async def test_mcp_remote_bridges_a_stdio_client(
     bridge = ["env", f"MCP_REMOTE_CONFIG_DIR={tmp_path}", str(NODE), str(REMOTE)]
     bridge += [gateway.endpoint(ENDPOINTS[endpoint][0]), "--transport", "http-only"]
 
-    seen = await take(
-        Tour(PYTHON, (f"stdio:{shlex.join(bridge)}",), LEGACY), gateway, endpoint
-    )
+    seen = await take(Tour(PYTHON, (f"stdio:{shlex.join(bridge)}",), LEGACY), gateway, endpoint)
 
     assert_is_right(seen, LEGACY, ENDPOINTS[endpoint][1])
 

@@ -32,10 +32,16 @@ async def test_the_screen_shows_the_url_each_server_and_how_to_connect(atrax: St
     await gateway.line(r"claude mcp add --transport http atrax " + gateway.endpoint())
 
     screen = str(gateway)
-    assert re.search(rf"^Atrax \S+  {gateway.endpoint()}$", screen, re.M)
-    assert re.search(r"^  old +ready +legacy, 30 tools, 3 resources, 5 prompts", screen, re.M)
-    assert re.search(r"^  new +ready +modern, 36 tools, 3 resources, 5 prompts", screen, re.M)
-    assert re.search(r"^  gone +backoff +.*cannot open the database: no such file", screen, re.M)
+    assert re.search(rf"^Atrax \S+  {gateway.endpoint()}$", screen, re.MULTILINE)
+    assert re.search(
+        r"^  old +ready +legacy, 30 tools, 3 resources, 5 prompts", screen, re.MULTILINE
+    )
+    assert re.search(
+        r"^  new +ready +modern, 36 tools, 3 resources, 5 prompts", screen, re.MULTILINE
+    )
+    assert re.search(
+        r"^  gone +backoff +.*cannot open the database: no such file", screen, re.MULTILINE
+    )
 
 
 async def _use(client: wire.Modern | wire.Legacy, prefix: str) -> None:
@@ -50,35 +56,33 @@ async def _use(client: wire.Modern | wire.Legacy, prefix: str) -> None:
 
 
 @promise("clients.one_url")
-@pytest.mark.parametrize("server", [None, "old", "new"])
-async def test_clients_of_both_eras_use_one_url(atrax: Start, server: str | None) -> None:
+async def test_clients_of_both_eras_use_one_url(atrax: Start) -> None:
     gateway = await (await atrax({"mcpServers": TWO})).ready()
-    prefixes = ("old__", "new__") if server is None else ("",)
-    clients = [gateway.modern(server), *[await gateway.legacy(server, one) for one in VERSIONS]]
 
-    assert [client.version for client in clients[1:]] == list(VERSIONS)
-    for client in clients:
-        for prefix in prefixes:
-            await _use(client, prefix)
+    for server, prefixes in ((None, ("old__", "new__")), ("old", ("",)), ("new", ("",))):
+        legacy = [await gateway.legacy(server, version) for version in VERSIONS]
+        assert [client.version for client in legacy] == list(VERSIONS)
+        for client in (gateway.modern(server), *legacy):
+            for prefix in prefixes:
+                await _use(client, prefix)
 
 
 @promise("clients.one_url")
-@pytest.mark.parametrize("server", [None, "old", "new"])
-async def test_a_client_of_2024_uses_its_own_transport(atrax: Start, server: str | None) -> None:
+async def test_a_client_of_2024_uses_its_own_transport(atrax: Start) -> None:
     gateway = await (await atrax({"mcpServers": TWO})).ready()
-    prefix = "" if server else "new__"
 
-    client = await wire.OldSse.start(gateway.url + (f"/servers/{server}" if server else "") + "/sse")
-    tools = (await client.request("tools/list"))["result"]["tools"]
-    greet = {"name": f"{prefix}greet", "arguments": {"name": "Ada"}}
-    greeting = await client.request("tools/call", greet)
-    unknown = await client.request("tools/call", {"name": "no-such-tool"})
-    client.close()
+    for path, prefix in (("/sse", "new__"), ("/servers/old/sse", ""), ("/servers/new/sse", "")):
+        client = await wire.OldSse.start(gateway.url + path)
+        tools = (await client.request("tools/list"))["result"]["tools"]
+        greet = {"name": f"{prefix}greet", "arguments": {"name": "Ada"}}
+        greeting = await client.request("tools/call", greet)
+        unknown = await client.request("tools/call", {"name": "no-such-tool"})
+        client.close()
 
-    assert client.initialized["protocolVersion"] == "2024-11-05"
-    assert f"{prefix}greet" in [tool["name"] for tool in tools]
-    assert greeting["result"]["content"][0]["text"] == "Hello, Ada!"
-    assert unknown["error"]["code"] == -32602
+        assert client.initialized["protocolVersion"] == "2024-11-05"
+        assert f"{prefix}greet" in [tool["name"] for tool in tools]
+        assert greeting["result"]["content"][0]["text"] == "Hello, Ada!"
+        assert unknown["error"]["code"] == -32602
 
 
 async def test_what_is_not_there_is_404_and_says_where_to_look(atrax: Start) -> None:
@@ -105,7 +109,7 @@ async def test_a_port_in_use_is_told_before_any_server_is_started(tmp_path: Path
         out, error = await process.communicate()
 
     assert process.returncode == 2
-    assert re.fullmatch(rf".*port {port} .*in use.*--port \d+.*\n", error.decode(), re.S)
+    assert re.fullmatch(rf".*port {port} .*in use.*--port \d+.*\n", error.decode(), re.DOTALL)
     assert out == b"" and not mark.exists()
 
 
@@ -199,13 +203,19 @@ async def test_sigterm_lets_a_call_in_flight_finish(atrax: Start, tmp_path: Path
 
 
 @promise("stop.drains")
-async def test_a_call_that_outlasts_the_drain_is_told(atrax: Start) -> None:
-    gateway = await atrax({"drain": 0.1, "mcpServers": {"a": child("does")}})
+@pytest.mark.parametrize(("drain", "signals"), [(0.1, 1), (1000, 2)])
+async def test_a_call_that_outlasts_the_drain_is_told(
+    atrax: Start, drain: float, signals: int
+) -> None:
+    """The drain is over after its time, or when a second signal comes."""
+    gateway = await atrax({"drain": drain, "mcpServers": {"a": child("does")}})
     clients = (gateway.modern(), await gateway.legacy())
     calls = [asyncio.create_task(one.call("a__do", {"what": "wait"})) for one in clients]
     await eventually(lambda: _in_flight(gateway, "a", 2), "the calls are not in flight")
 
-    gateway.process.send_signal(signal.SIGTERM)
+    for _ in range(signals):
+        gateway.process.send_signal(signal.SIGTERM)
+        await gateway.line("SIGTERM: stopping")
 
     for call in calls:
         error = (await call).error

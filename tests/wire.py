@@ -9,7 +9,8 @@
     answer = await legacy.call("notes__delete", id=1)
 
 Ids count from 1 in every client, so that clients of one test use equal ids. Stdlib only; no retries, no
-timeouts of its own (pytest has one per test).
+timeouts of its own (pytest has one per test). `listener` makes who checks what each client hears: conftest.py
+sets it for every test (spoken.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 MODERN = "2026-07-28"
@@ -40,6 +41,24 @@ NAMED_BY = {
 }
 
 Json = Any
+
+
+class Ear(Protocol):
+    """Who checks what is said to one client; knows what that client sent."""
+
+    def sent(self, message: Json) -> None: ...
+    def heard(self, message: Json) -> None: ...
+
+
+class _Deaf:
+    """The Ear of a client that nobody checks."""
+
+    def sent(self, message: Json) -> None: ...
+    def heard(self, message: Json) -> None: ...
+
+
+# Makes the Ear of a client that speaks a version; None: a legacy one, whose version comes with initialize.
+listener: Callable[[str | None], Ear] = lambda version: _Deaf()  # noqa: E731
 
 
 # ---- HTTP --------------------------------------------------------------------------------
@@ -92,6 +111,7 @@ class Exchange:
         self, connection: Connection, status: int, headers: dict[str, str], done: Done
     ) -> None:
         self.connection, self.status, self.headers, self._done = connection, status, headers, done
+        self.ear: Ear = _Deaf()
 
     @property
     def is_stream(self) -> bool:
@@ -122,6 +142,8 @@ class Exchange:
             *blocks, rest = (rest + chunk).replace(b"\r\n", b"\n").split(b"\n\n")
             for block in blocks:
                 event = _event(block.decode())
+                if event.data and event.event == "message":
+                    self.ear.heard(json.loads(event.data))
                 if event.comment is None or comments:
                     yield event
 
@@ -130,7 +152,9 @@ class Exchange:
         if not self.is_stream:
             body = await self.body()
             if body:
-                yield json.loads(body)
+                message = json.loads(body)
+                self.ear.heard(message)
+                yield message
             return
         async for event in self.events():
             if event.data and event.event == "message":
@@ -268,6 +292,7 @@ class Modern:
         self.path = urlsplit(url).path
         self.http = http or Http(url)
         self.capabilities, self.headers = capabilities or {}, dict(headers or {})
+        self.ear = listener(MODERN)
         self._ids = itertools.count(1)
 
     def meta(self, **more: Json) -> dict[str, Json]:
@@ -303,7 +328,10 @@ class Modern:
         if method in NAMED_BY and NAMED_BY[method] in params:
             due["Mcp-Name"] = str(params[NAMED_BY[method]])
         due |= self.headers | dict(headers or {})
-        return await self.http.request("POST", self.path, due, json.dumps(message).encode())
+        self.ear.sent(message)
+        exchange = await self.http.request("POST", self.path, due, json.dumps(message).encode())
+        exchange.ear = self.ear
+        return exchange
 
     async def request(self, method: str, params: Json = None, **more: Json) -> Answer:
         """Send a request and read its response to the end; `more` as for `open`."""
@@ -351,6 +379,7 @@ class Legacy:
         self.initialized: Json = None
         # How requests of the server are answered: method -> params -> result. Absent: -32601.
         self.answers: dict[str, Callable[[Json], Json]] = {}
+        self.ear = listener(None)
         self._ids = itertools.count(1)
 
     @classmethod
@@ -388,7 +417,10 @@ class Legacy:
     async def post(self, message: Json, headers: Mapping[str, str] | None = None) -> Exchange:
         """Send any message, or a batch, and read the head of the response."""
         due = self.due_headers() | dict(headers or {})
-        return await self.http.request("POST", self.path, due, json.dumps(message).encode())
+        self.ear.sent(message)
+        exchange = await self.http.request("POST", self.path, due, json.dumps(message).encode())
+        exchange.ear = self.ear
+        return exchange
 
     async def open(
         self,
@@ -458,9 +490,10 @@ class Legacy:
     async def listen(self, last_event_id: str | None = None) -> Exchange:
         """The session's own stream, or the rest of a stream that was cut."""
         more = {"Last-Event-ID": last_event_id} if last_event_id else {}
-        return await self.http.request(
-            "GET", self.path, self.due_headers() | {"Accept": "text/event-stream"} | more
-        )
+        due = self.due_headers() | {"Accept": "text/event-stream"} | more
+        exchange = await self.http.request("GET", self.path, due)
+        exchange.ear = self.ear
+        return exchange
 
     async def delete(self) -> int:
         exchange = await self.http.request("DELETE", self.path, self.due_headers())
@@ -476,6 +509,7 @@ class OldSse:
 
     def __init__(self, stream: Exchange, http: Http) -> None:
         self.stream, self.http = stream, http
+        self.ear = stream.ear = listener("2024-11-05")
         self.messages: dict[Json, asyncio.Future[Json]] = {}
         self.notices: list[Json] = []
         self.initialized: Json = None
@@ -508,6 +542,7 @@ class OldSse:
 
     async def post(self, message: Json) -> int:
         due = {"Content-Type": "application/json"}
+        self.ear.sent(message)
         target = urlsplit(await self._target)._replace(scheme="", netloc="").geturl()
         exchange = await self.http.request("POST", target, due, json.dumps(message).encode())
         await exchange.body()

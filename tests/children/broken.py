@@ -20,11 +20,23 @@ def result(message: dict) -> dict | None:
     method = message["method"]
     if method == "initialize":
         version = "1999-01-01" if HOW == "wrong-version" else "2025-11-25"
-        return {"protocolVersion": version, "capabilities": {"tools": {}}, "serverInfo": {"name": NAME, "version": "1"}}
+        return {
+            "protocolVersion": version,
+            "capabilities": {"tools": {}},
+            "serverInfo": {"name": NAME, "version": "1"},
+        }
     if method == "tools/list":
         if HOW == "bad-list":
             return {"tools": "none"}
-        return {"tools": [{"name": "hello", "description": "Says who it is", "inputSchema": {"type": "object"}}]}
+        return {
+            "tools": [
+                {
+                    "name": "hello",
+                    "description": "Says who it is",
+                    "inputSchema": {"type": "object"},
+                }
+            ]
+        }
     if method == "tools/call":
         return {"content": [{"type": "text", "text": NAME}]}
     return {} if method == "ping" else None
@@ -40,16 +52,25 @@ def serve() -> None:
         if HOW == "hangs":
             continue
         if HOW == "wrong-json":
-            print('{"jsonrpc": "2.0", "id": %d, "result": {"protocolVersion": ' % message["id"], flush=True)
+            print(f'{{"jsonrpc": "2.0", "id": {message["id"]}, "result": {{"pro', flush=True)
             continue
         if HOW == "wrong-id":
             send({"jsonrpc": "2.0", "id": "not-yours", "result": result(message) or {}})
             continue
         if HOW == "junk":
-            print("Starting up... listening on stdio!\n\x00\x1b[31m{not json}\n[]\n42\nnull", flush=True)
+            print(
+                "Starting up... listening on stdio!\n\x00\x1b[31m{not json}\n[]\n42\nnull",
+                flush=True,
+            )
         answer = result(message)
         if answer is None:
-            send({"jsonrpc": "2.0", "id": message["id"], "error": {"code": -32601, "message": "Method not found"}})
+            send(
+                {
+                    "jsonrpc": "2.0",
+                    "id": message["id"],
+                    "error": {"code": -32601, "message": "Method not found"},
+                }
+            )
         else:
             send({"jsonrpc": "2.0", "id": message["id"], "result": answer})
         if HOW == "dies-after" and message["method"] == "initialize":

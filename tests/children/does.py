@@ -7,11 +7,17 @@
     descriptors  its open descriptors                   deaf      reads no more for `seconds`
     wait         answers when a `release` comes         stderr    writes `lines` lines of `size` bytes to stderr
     release      answers all that wait                  long      writes a line of `size` bytes
-    until        answers when the file `path` is there
     ask          elicits, answers when it was answered  fork      leaves a grandchild behind: in its group,
-                                                                  or with "escape" in a session of its own
+    until        answers when the file `path` is there            or with "escape" in a session of its own
+    cancellations  how many of its requests were cancelled
+    calls        how many calls it got                  line      gives back the line that asked for it
+    say          writes `text` as it is; @ID@ in it is its own id, @OTHER@ that of a call that waits, @BAD@ no UTF-8
 
-Started with `stubborn` it ignores end of file and SIGTERM; with `once FILE` only the first process starts."""
+A call with a progressToken is reported once, before anything is done.
+`die` with `unless` leaves that file behind, and where it is already, it lives on and says so.
+
+Started with `stubborn` it ignores end of file and SIGTERM; with `once FILE` only the first process starts; with
+`needs FILE` none does before FILE is there; with `safe` its tool says that it may be called twice."""
 
 import contextlib
 import json
@@ -24,6 +30,8 @@ import time
 TOOL = {"name": "do", "description": "Does it", "inputSchema": {"type": "object"}}
 WAITING: list[int] = []
 ASKED: dict[str, int] = {}
+CANCELLED: list[int] = []
+CALLS: list[str] = []  # the lines that brought them
 
 
 def send(message: dict) -> None:
@@ -76,6 +84,17 @@ def do(ident: int, what: str, order: dict) -> None:
         while not os.path.exists(order["path"]):
             time.sleep(0.005)
         answer(ident, "it is there")
+    elif what == "cancellations":
+        answer(ident, str(len(CANCELLED)))
+    elif what == "calls":
+        answer(ident, str(len(CALLS)))
+    elif what == "line":
+        answer(ident, CALLS[-1])
+    elif what == "say":
+        text = order["text"].replace("@ID@", str(ident))
+        text = text.replace("@OTHER@", str(WAITING[0] if WAITING else 0))
+        sys.stdout.buffer.write(text.encode().replace(b"@BAD@", b"\xff\xfe") + b"\n")
+        sys.stdout.flush()
     elif what == "ask":
         ASKED[f"ask-{ident}"] = ident
         params = {
@@ -83,7 +102,11 @@ def do(ident: int, what: str, order: dict) -> None:
             "requestedSchema": {"type": "object", "properties": {}},
         }
         send({"id": f"ask-{ident}", "method": "elicitation/create", "params": params})
+    elif what == "die" and "unless" in order and os.path.exists(order["unless"]):
+        answer(ident, "lives on")
     elif what == "die":
+        if "unless" in order:
+            os.close(os.open(order["unless"], os.O_CREAT))
         sys.stderr.write(order.get("words", "") + "\n")
         os._exit(order.get("code", 1))
     elif what == "kill":
@@ -112,7 +135,8 @@ def open_descriptors() -> list[str]:
     return [fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
 
 
-def receive(message: dict) -> None:
+def receive(line: str) -> None:
+    message = json.loads(line)
     method, ident = message.get("method"), message.get("id")
     if method is None:
         answer(ASKED.pop(ident), json.dumps(message.get("result", message.get("error"))))
@@ -125,8 +149,19 @@ def receive(message: dict) -> None:
         }
         send({"id": ident, "result": result})
     elif method == "tools/call":
+        CALLS.append(line.strip())
         order = message["params"]["arguments"]
+        token = message["params"].get("_meta", {}).get("progressToken")
+        if token is not None:
+            send(
+                {
+                    "method": "notifications/progress",
+                    "params": {"progressToken": token, "progress": 1},
+                }
+            )
         do(ident, order["what"], order)
+    elif method == "notifications/cancelled":
+        CANCELLED.append(message["params"]["requestId"])
     elif method == "tools/list":
         send({"id": ident, "result": {"tools": [TOOL]}})
     elif method == "ping":
@@ -142,10 +177,14 @@ def main() -> None:
             os.close(os.open(habits[habits.index("once") + 1], os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             sys.exit("another process holds the lock")
+    if "needs" in habits and not os.path.exists(habits[habits.index("needs") + 1]):
+        sys.exit("the file it needs is not there")
+    if "safe" in habits:
+        TOOL["annotations"] = {"idempotentHint": True}
     if "stubborn" in habits:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for line in sys.stdin:
-        receive(json.loads(line))
+        receive(line)
     while "stubborn" in habits:
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(600)

@@ -1,4 +1,5 @@
 """The cheapest legacy child: one tool `echo`, answered with as little work as Python allows. For bench.py."""
+
 import os
 import re
 
@@ -8,9 +9,7 @@ SIZE = re.compile(rb'"size":\s*(\d+)')
 TOOL = b'{"name":"%s","description":"Gives back its text","inputSchema":{"type":"object","properties":{"text":{"type":"string"},"size":{"type":"integer"}}}}'
 MANY = int(os.environ.get("TOOLS", "1"))
 TOOLS = b",".join([TOOL % b"echo"] + [TOOL % (b"tool%d" % n) for n in range(MANY - 1)])
-INIT = (
-    b'{"protocolVersion":"2025-11-25","capabilities":{"tools":{}},"serverInfo":{"name":"echo","version":"1"}}'
-)
+INIT = b'{"protocolVersion":"2025-11-25","capabilities":{"tools":{}},"serverInfo":{"name":"echo","version":"1"}}'
 
 
 def answer(line: bytes) -> bytes:

@@ -46,7 +46,12 @@ def main() -> None:
                 elif message["method"] == "tools/call":
                     waiting.append((message["id"], message["params"]["arguments"]["n"]))
                 elif message["method"] == "server/discover":
-                    out.append({"id": message["id"], "error": {"code": -32601, "message": "Method not found"}})
+                    out.append(
+                        {
+                            "id": message["id"],
+                            "error": {"code": -32601, "message": "Method not found"},
+                        }
+                    )
                 elif "id" in message:
                     out.append({"id": message["id"], "result": immediate(message)})
         CHANCE.shuffle(waiting)
@@ -58,7 +63,10 @@ def main() -> None:
         for ident, text in go:
             answer = {"id": ident, "result": {"content": [{"type": "text", "text": text}]}}
             out += [answer, answer] if CHANCE.random() < 0.1 else [answer]
-        data = b"".join(json.dumps({"jsonrpc": "2.0", **item}, separators=(",", ":")).encode() + b"\n" for item in out)
+        data = b"".join(
+            json.dumps({"jsonrpc": "2.0", **item}, separators=(",", ":")).encode() + b"\n"
+            for item in out
+        )
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 

@@ -29,7 +29,9 @@ def page(method: str, cursor: str | None) -> dict:
     member, make = KINDS[method]
     begins = {f"{member} from {number}": number for number in range(0, len(ITEMS), PAGE)}
     begin = 0 if cursor is None else begins[cursor]
-    result = {member: [{**make(item), "description": WORDS} for item in ITEMS[begin : begin + PAGE]]}
+    result = {
+        member: [{**make(item), "description": WORDS} for item in ITEMS[begin : begin + PAGE]]
+    }
     if begin + PAGE < len(ITEMS):
         result["nextCursor"] = f"{member} from {begin + PAGE}"
     return result
