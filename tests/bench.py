@@ -198,7 +198,7 @@ def main() -> None:
         for clients in (1, 16, 64, 256):
             for name, url, number, message in subjects:
                 calls = max(options.calls // 4, 1) if clients == 1 else options.calls
-                found = asyncio.run(measure(url, number, message, clients, calls))
+                found = asyncio.run(asyncio.wait_for(measure(url, number, message, clients, calls), 120))
                 results.setdefault((name, clients), []).append(found)
     print(f"{'':28}{'clients':>8}{'CPU us/call':>13}{'p50 us':>10}{'calls/s':>10}{'CPU ratio':>11}")
     for (name, clients), found in results.items():

@@ -138,12 +138,14 @@ class Running:
 
 
 Start = Callable[..., Awaitable[Running]]
+TAPS: list[spoken.Taps] = []  # of the gateways that run
 
 
 @pytest.fixture(autouse=True)
 def heard() -> Iterator[list[spoken.Peer]]:
     """All clients of the test, which check what they hear. A complaint fails the test, even if it was raised in
-    a task that nobody waits for; a test that means it clears it (`spoken.Peer.complaints`)."""
+    a task that nobody waits for; a test that means it clears it (`spoken.Peer.complaints`). What the children of a
+    gateway that outlives the test have heard in it fails it too."""
     peers: list[spoken.Peer] = []
 
     def listener(version: str | None) -> wire.Ear:
@@ -154,15 +156,17 @@ def heard() -> Iterator[list[spoken.Peer]]:
     yield peers
     wire.listener = before
     complaints = [text for peer in peers for text in peer.complaints]
+    complaints += [text for taps in TAPS for text in taps.complaints()]
     assert not complaints, "\n\n".join(complaints)
 
 
 @pytest.fixture
 async def atrax(tmp_path: Path) -> AsyncIterator[Start]:
-    """Starts gateways: `await atrax(config, *options, program=…, env=None)` → Running, listening.
+    """Starts gateways: `await atrax(config, *options, program=…, env=None, judged=True)` → Running, listening.
 
     `config` is a dict, or the path of a file. A port is chosen by the system unless the config has one.
-    `program` is what to run in place of atrax.py, as the fixture `archive`."""
+    `program` is what to run in place of atrax.py, as the fixture `archive`. What is said to the test servers is
+    judged by spoken.py, unless it is broken on purpose."""
     async with starting(tmp_path) as start:
         yield start
 
@@ -171,17 +175,22 @@ async def atrax(tmp_path: Path) -> AsyncIterator[Start]:
 async def starting(folder: Path) -> AsyncIterator[Start]:
     """What the fixture `atrax` gives, for a fixture that lives longer; configs are written to `folder`."""
     gateways: list[Running] = []
-    taps = folder / "said"
-    taps.mkdir(exist_ok=True)
+    taps = spoken.Taps(folder / "said")
+    TAPS.append(taps)
     before = {pid for pid, _ in descendants()}
     adopt_orphans(True)
 
     async def start(
-        config: Any, *options: str, program: Path = SOURCE, env: dict[str, str] | None = None
+        config: Any,
+        *options: str,
+        program: Path = SOURCE,
+        env: dict[str, str] | None = None,
+        judged: bool = True,
     ) -> Running:
         file = config if isinstance(config, Path) else folder / f"config{len(gateways)}.json"
         if not isinstance(config, Path):
-            file.write_text(json.dumps({"port": 0, **tapped(config, taps)}))
+            config = tapped(config, taps.folder) if judged else config
+            file.write_text(json.dumps({"port": 0, **config}))
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, str(program), "serve", str(file), *options),
             stdin=asyncio.subprocess.DEVNULL,
@@ -208,11 +217,12 @@ async def starting(folder: Path) -> AsyncIterator[Start]:
     finally:
         left = await end_of_all(before)
         adopt_orphans(False)
+        TAPS.remove(taps)
     assert not left, "processes were left behind:\n" + "\n".join(left)
     # A child's own traceback stands behind its name in the log; one at the start of a line is ours.
     for gateway in gateways:
         assert not any(line.startswith("Traceback (most") for line in gateway.log), str(gateway)
-    malformed = list(spoken.complaints(taps))
+    malformed = list(taps.complaints())
     assert not malformed, "\n\n".join(malformed)
 
 
@@ -229,7 +239,9 @@ def tapped(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     def entry(server: dict[str, Any]) -> dict[str, Any]:
         arguments = server.get("args", ())
-        script = next((index for index, one in enumerate(arguments) if str(one).startswith(ours)), None)
+        script = next(
+            (index for index, one in enumerate(arguments) if str(one).startswith(ours)), None
+        )
         if script is None or script > 1:
             return server
         tap = [ours + "tap.py", str(folder)]

@@ -84,6 +84,29 @@ PROMISES: Final = {
         "The official conformance suite passes in all four cells, on both endpoints.",
         "DESIGN, The promise",
     ),
+    "cells.asks": Promise(
+        "Elicitation, sampling and roots arrive whole, once and at the right client, in all four cells.",
+        "DESIGN, The promise",
+    ),
+    "cells.apps": Promise(
+        "MCP Apps (`ui://`) are read, listed or not.", "PROTOCOL, Joining, extensions"
+    ),
+    "cells.tasks": Promise(
+        "Tasks pass on both endpoints; a tool that must be one works for clients without tasks.",
+        "PROTOCOL, Joining, tasks",
+    ),
+    "asks.attributed": Promise(
+        "An ask reaches the client of its own call, or is refused; never another's.",
+        "DESIGN, Whose ask is it?",
+    ),
+    "isolation.children": Promise(
+        "With `isolation` children are started per session or principal, bounded, reused, and end with it.",
+        "DESIGN, Config, isolation",
+    ),
+    "roots.never_widen": Promise(
+        "A client's roots never widen what a shared server may touch.",
+        "PROTOCOL, South, Roots widen",
+    ),
     "ids.never_cross": Promise(
         "Each client's ids are its own: no answer is misdelivered.", "DESIGN, Ids"
     ),
@@ -165,7 +188,9 @@ PROMISES: Final = {
     "docs.keys": Promise(
         "README's table of keys is the one that the code declares.", "STYLE, Tests; README"
     ),
-    "docs.commands": Promise("Every command is in README, and every one there exists.", "STYLE, Tests"),
+    "docs.commands": Promise(
+        "Every command is in README, and every one there exists.", "STYLE, Tests"
+    ),
     "docs.tests": Promise("Every test that SECURITY names exists.", "SECURITY"),
     # The house
     "house.sections": Promise(

@@ -35,6 +35,20 @@ class Time:
         return self.now
 
 
+class Turns:
+    """`later` without a loop: what is put off runs when what runs now has returned, as deep and no deeper."""
+
+    def __init__(self) -> None:
+        self.queue: list[Callable[[], None]] = []
+
+    def __call__(self, delay: float, work: Callable[[], None]) -> None:
+        self.queue.append(work)
+        if len(self.queue) == 1:
+            while self.queue:
+                self.queue[0]()
+                del self.queue[0]
+
+
 class Sent:
     """One call that a process got, and the Handle of who sent it."""
 
@@ -75,6 +89,7 @@ class Process:
         self.sent: list[Sent] = []
         self.hold: set[str] = set()  # methods that the test answers itself
         self.accept = True  # acknowledge listens at once
+        self.turns = Turns()
 
     def send(self, call: Call, sink: atrax.Sink) -> atrax.Handle:
         sent = Sent(call, sink)
@@ -85,7 +100,8 @@ class Process:
             if self.accept:
                 sent.acknowledge()
             return sent
-        sink.done(self.outcome(call))
+        # The next page is asked for by `done`, and so on a thousand times: one after the other.
+        self.turns(0, lambda: sink.done(self.outcome(call)))
         return sent
 
     def outcome(self, call: Call) -> Outcome:
@@ -189,12 +205,23 @@ class Middle:
         self.record = atrax.Record()
         self.events: list[atrax.Event] = []
         self.record.watch(self.events.append)
-        self.catalogue = atrax.Catalogue(self.config, self.pool, self.record, self.time, check)
+        self.catalogue = self.successor(self.config, check)
         self.changes: list[tuple[str, str]] = []
         self.catalogue.watch.append(lambda kind, at: self.changes.append((kind.value, at)))
         self.subscriptions = atrax.Subscriptions(
             self.config, self.catalogue, self.pool, self.record, self.time
         )
+
+    def successor(
+        self, config: atrax.Config, check: Callable[[atrax.Entry], str] | None = None
+    ) -> atrax.Catalogue:
+        """A Catalogue for `config` over the same processes; `check` is Policy's, if not given."""
+        check = check or atrax.Policy(self.record).definition
+        return atrax.Catalogue(config, self.pool, self.record, self.time, check, Turns())
+
+    @property
+    def settled(self) -> bool:
+        return all(server["settled"] for server in self.catalogue.counts().values())
 
     def start(
         self, server: str, capabilities: dict[str, Any] | None = None, **pages: Any

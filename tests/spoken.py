@@ -82,7 +82,9 @@ class Peer:
                 self._hear(one)
             except (ValueError, KeyError, TypeError) as error:
                 who = "client" if self.client else "child"
-                text = f"Atrax said to a {who} of {self._version}: {json.dumps(one)[:2000]}\n{error}"
+                text = (
+                    f"Atrax said to a {who} of {self._version}: {json.dumps(one)[:2000]}\n{error}"
+                )
                 self.complaints.append(text)
                 raise Malformed(text) from None
 
@@ -134,7 +136,9 @@ class Peer:
         if self.client:
             methods.parse_server_notification(method, self._version, params)
             if self._version == MODERN and method == "notifications/cancelled":
-                raise ValueError("a cancellation to a modern client, which no server sends over HTTP")
+                raise ValueError(
+                    "a cancellation to a modern client, which no server sends over HTTP"
+                )
         else:
             methods.validate_client_notification(method, self._version, params)
         if self._version != MODERN:
@@ -189,7 +193,9 @@ class Peer:
             return
         if asked["method"] == "initialize" and result.get("protocolVersion") in LEGACY:
             self.version = result["protocolVersion"]
-        elif asked["method"] == "server/discover" and MODERN in (result.get("supportedVersions") or ()):
+        elif asked["method"] == "server/discover" and MODERN in (
+            result.get("supportedVersions") or ()
+        ):
             self.version = MODERN
 
 
@@ -229,21 +235,36 @@ def _extra_meta(holder: Json, version: str) -> None:
 # ---- Children ------------------------------------------------------------------------------
 
 
-def complaints(folder: Path) -> Iterator[str]:
-    """What is wrong with what was said to the children whose taps have written to `folder`."""
-    for log in sorted(folder.iterdir()) if folder.exists() else ():
-        peer = Peer(client=False)
-        for line in log.read_bytes().split(b"\n")[:-1]:
-            _follow(peer, line[:1], line[1:])
-        yield from peer.complaints
+class Taps:
+    """What was said to the children whose taps (children/tap.py) write to `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+        self._peers: dict[Path, tuple[Peer, int]] = {}  # by log: how far it was read
+
+    def complaints(self) -> Iterator[str]:
+        """What is wrong with what they heard since the last look."""
+        for log in sorted(self.folder.iterdir()):
+            peer, read = self._peers.get(log, (Peer(client=False), 0))
+            with log.open("rb") as file:
+                file.seek(read)
+                *lines, rest = file.read().split(b"\n")
+                self._peers[log] = (peer, file.tell() - len(rest))
+            for line in lines:
+                _follow(peer, line[:1], line[1:])
+            yield from peer.complaints
+            peer.complaints.clear()
 
 
 def _follow(peer: Peer, direction: bytes, line: bytes) -> None:
     try:
         message = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         if direction == b">":
-            peer.complaints.append(f"Atrax wrote a line to a child that is no JSON: {line[:2000]!r}")
+            peer.complaints.append(
+                f"Atrax wrote a line to a child that is no JSON: {line[:2000]!r}"
+            )
         return
     if direction == b"<":
         peer.sent(message)

@@ -36,11 +36,13 @@ async def stampede(gateway: Running, calls: int, patience: int = 20) -> Any:
 
 
 @promise("ids.never_cross")
+@pytest.mark.timeout(400)  # a minute for 200,000 calls; more where two cores do other things too
 @pytest.mark.parametrize("calls", [QUICK, ALL])
 async def test_no_answer_is_misdelivered_among_clients_with_equal_ids(
     atrax: Start, calls: int
 ) -> None:
-    gateway = await (await atrax(CONFIG)).ready()
+    # To judge 200,000 messages more would cost more than the calls, and find nothing new.
+    gateway = await (await atrax(CONFIG, judged=calls == QUICK)).ready()
 
     found = await stampede(gateway, calls)
 
@@ -60,7 +62,7 @@ async def test_the_stampede_finds_an_id_map_that_is_broken(atrax: Start, tmp_pat
     assert source.count(RIGHT) == 1, "the lines that this test breaks have changed"
     broken = tmp_path / "atrax.py"
     broken.write_text(source.replace(RIGHT, BROKEN))
-    gateway = await (await atrax(CONFIG, program=broken)).ready()
+    gateway = await (await atrax(CONFIG, program=broken, judged=False)).ready()
 
     found = await stampede(gateway, 500, patience=1)
     gateway.kill()  # it cannot stop in order: calls were lost, and it holds that for a bug

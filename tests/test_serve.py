@@ -85,6 +85,16 @@ async def test_a_client_of_2024_uses_its_own_transport(atrax: Start) -> None:
         assert unknown["error"]["code"] == -32602
 
 
+async def test_a_modern_server_need_not_name_itself(atrax: Start) -> None:
+    """A legacy client must be told a name all the same (2025-11-25, schema: InitializeResult)."""
+    nameless = child("pages", '{"modern": true, "named": false}')
+    gateway = await (await atrax({"mcpServers": {"a": nameless}})).ready()
+
+    info = (await gateway.legacy("a")).initialized["serverInfo"]
+
+    assert info["name"] and info["version"]
+
+
 async def test_what_is_not_there_is_404_and_says_where_to_look(atrax: Start) -> None:
     off = child("legacy", disabled=True)
     gateway = await atrax({"mcpServers": {"here": child("echo"), "off": off}})
@@ -109,7 +119,7 @@ async def test_a_port_in_use_is_told_before_any_server_is_started(tmp_path: Path
         out, error = await process.communicate()
 
     assert process.returncode == 2
-    assert re.fullmatch(rf".*port {port} .*in use.*--port \d+.*\n", error.decode(), re.DOTALL)
+    assert re.fullmatch(rf".*port {port} .*in use.*--port.*\n", error.decode(), re.DOTALL)
     assert out == b"" and not mark.exists()
 
 

@@ -41,6 +41,7 @@ NAMED_BY = {
 }
 
 Json = Any
+Answers = dict[str, Callable[[Json], Json]]  # method → params → result
 
 
 class Ear(Protocol):
@@ -378,7 +379,7 @@ class Legacy:
         self.session: str | None = None
         self.initialized: Json = None
         # How requests of the server are answered: method -> params -> result. Absent: -32601.
-        self.answers: dict[str, Callable[[Json], Json]] = {}
+        self.answers: Answers = {}
         self.ear = listener(None)
         self._ids = itertools.count(1)
 
@@ -507,8 +508,8 @@ class Legacy:
 class OldSse:
     """A client of the 2024-11-05 HTTP+SSE transport: one stream down, POSTs up. `url` is …/sse."""
 
-    def __init__(self, stream: Exchange, http: Http) -> None:
-        self.stream, self.http = stream, http
+    def __init__(self, stream: Exchange, http: Http, answers: Answers) -> None:
+        self.stream, self.http, self.answers = stream, http, answers
         self.ear = stream.ear = listener("2024-11-05")
         self.messages: dict[Json, asyncio.Future[Json]] = {}
         self.notices: list[Json] = []
@@ -518,13 +519,23 @@ class OldSse:
         self._reader = asyncio.create_task(self._read())  # ends with the stream, by `close`
 
     @classmethod
-    async def start(cls, url: str, headers: Mapping[str, str] | None = None) -> OldSse:
-        """A client that is initialized."""
+    async def start(
+        cls,
+        url: str,
+        headers: Mapping[str, str] | None = None,
+        capabilities: Json = None,
+        answers: Answers | None = None,
+    ) -> OldSse:
+        """A client that is initialized; `answers` as of Legacy."""
         http = Http(url)
         due = {"Accept": "text/event-stream", **(headers or {})}
-        self = cls(await http.request("GET", urlsplit(url).path, due), http)
+        self = cls(await http.request("GET", urlsplit(url).path, due), http, answers or {})
         info = {"name": "wire", "version": "1"}
-        params = {"protocolVersion": "2024-11-05", "capabilities": {}, "clientInfo": info}
+        params = {
+            "protocolVersion": "2024-11-05",
+            "capabilities": capabilities or {},
+            "clientInfo": info,
+        }
         self.initialized = (await self.request("initialize", params))["result"]
         await self.post({"jsonrpc": "2.0", "method": "notifications/initialized"})
         return self
@@ -537,6 +548,9 @@ class OldSse:
             message = json.loads(event.data)
             if "method" not in message and message.get("id") in self.messages:
                 self.messages.pop(message["id"]).set_result(message)
+            elif "id" in message and message["method"] in self.answers:
+                result = self.answers[message["method"]](message.get("params"))
+                await self.post({"jsonrpc": "2.0", "id": message["id"], "result": result})
             else:
                 self.notices.append(message)
 

@@ -85,6 +85,8 @@ def main() -> None:
         time.sleep(3600)
     if HOW == "slow":
         time.sleep(8)  # like npx and uvx, which install before they read
+        while len(sys.argv) > 3 and not os.path.exists(sys.argv[3]):
+            time.sleep(0.05)  # and longer, until a test has seen that it is slow
     if HOW == "endless-line":
         while True:
             sys.stdout.write("x" * 65536)

@@ -1,12 +1,12 @@
 """A child with long lists, which it gives page by page, each page for a cursor that only it understands.
 
 Its one argument is JSON: `count` items of each kind, or as `names` says, `page` at a time, each with a description
-of `size` characters; `modern` if it is of that era; `name` is in its URIs, and what its tools answer."""
+of `size` characters; `modern` if it is of that era, and then not `named` if it does not say who it is; `name` is in its URIs, and what its tools answer."""
 
 import json
 import sys
 
-HABITS = {"count": 10, "page": 3, "size": 20, "name": "pages", "modern": False}
+HABITS = {"count": 10, "page": 3, "size": 20, "name": "pages", "modern": False, "named": True}
 HABITS |= json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
 NAME, PAGE = HABITS["name"], HABITS["page"]
 ITEMS = HABITS.get("names") or [f"item{number}" for number in range(HABITS["count"])]
@@ -40,7 +40,9 @@ def page(method: str, cursor: str | None) -> dict:
 def answer(method: str, params: dict) -> dict:
     """The result of a request; KeyError for one that it does not know."""
     if HABITS["modern"] and method == "server/discover":
-        return {"supportedVersions": ["2026-07-28"], "capabilities": CAPABILITIES}
+        discovered = {"supportedVersions": ["2026-07-28"], "capabilities": CAPABILITIES}
+        meta = {"io.modelcontextprotocol/serverInfo": INFO}
+        return discovered | ({"_meta": meta} if HABITS["named"] else {})
     if not HABITS["modern"] and method == "initialize":
         return {"protocolVersion": "2025-11-25", "capabilities": CAPABILITIES, "serverInfo": INFO}
     if method == "tools/call":
