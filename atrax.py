@@ -394,7 +394,7 @@ EMBEDDED: Final = ("files", "notes")  # what `"command": "bundled:NAME"` may nam
 UNENFORCED: Final = frozenset({
     "auth.tokens", "auth.issuer", "auth.audience", "auth.jwks", "auth.grants",
     "tls", "trusted_proxies", "log.audit", "replicas", "name",
-    "mcpServers.*.paths", "mcpServers.*.sandbox", "mcpServers.*.container",
+    "mcpServers.*.sandbox", "mcpServers.*.container",
     "mcpServers.*.pin", "mcpServers.*.clean",
 })  # fmt: skip
 
@@ -493,6 +493,17 @@ class ToolRules(_Options):
     describe: dict[str, str] = _option(dict, "own name → description")
 
 
+class Paths(_Options):
+    """Where a server's path arguments may lead."""
+
+    dirs: Annotated[list[_Text], Field(min_length=1)] = Field(
+        description="the only directories that paths in calls may name; from `cwd` where relative"
+    )
+    arguments: list[str] = _option(
+        list, "more arguments that are paths: globs over property paths, as `copy.from`"
+    )
+
+
 class LogConfig(_Options):
     """What is written to stderr."""
 
@@ -553,6 +564,9 @@ class ServerConfig(_Options):
     lazy: bool = _option(False, "start at first use")
     idle_stop: _Seconds | None = _option(None, "stop when unused so long", "s", shown="none")
     restart: Restart = _option(Restart, "when a dead child is started again")
+    paths: Paths | None = _option(
+        None, "where path arguments, `file:` URIs and roots may lead", shown="anywhere"
+    )
     repeat: bool = _option(True, "repeat what a dead child left, where its annotations allow it")
 
     @field_validator("command")
@@ -571,10 +585,11 @@ class ServerConfig(_Options):
                 f"timeout {self.timeout:g} is more than max_timeout {self.max_timeout:g};"
                 " durations are in seconds"
             )
-        if "roots" in self.offer and self.isolation == "shared":
+        # Servers make a client's roots their allowed directories, and all clients share this one.
+        if "roots" in self.offer and self.isolation == "shared" and self.paths is None:
             raise ValueError(
-                'offer: "roots" with isolation "shared" needs "paths", which this build does not'
-                ' enforce yet; use "isolation": "session"'
+                'offer: "roots" with isolation "shared" needs "paths", to which roots are cut;'
+                ' or use "isolation": "session"'
             )
         return self
 
@@ -720,6 +735,13 @@ _WRONG: Final = {
 }
 
 
+def _absolute(folder: str, path: Json) -> Json:
+    """`path` as seen from `folder`; what is no text is refused by the models."""
+    if not isinstance(path, str):
+        return path
+    return os.path.normpath(os.path.join(folder, os.path.expanduser(path)))
+
+
 _SKIPPED: Final = object()  # an entry of mcpServers that is not started here
 
 
@@ -818,12 +840,15 @@ class _ConfigReader:
                 entry["disabled"] = True
                 self.remark("read as disabled", *path, key)
         self.tool_lists(entry, path)
-        for key in ("command", "args", "env", "cwd", "envFile"):
+        for key in ("command", "args", "env", "cwd", "envFile", "paths"):
             if key in entry:
                 entry[key] = self.expanded(entry[key], *path, key)
         cwd = entry.get("cwd", "")
         if isinstance(cwd, str):
-            entry["cwd"] = os.path.normpath(os.path.join(self.folder, os.path.expanduser(cwd)))
+            entry["cwd"] = _absolute(self.folder, cwd)
+        paths = entry.get("paths")
+        if isinstance(paths, dict) and isinstance(paths.get("dirs"), list) and isinstance(cwd, str):
+            paths["dirs"] = [_absolute(entry["cwd"], one) for one in paths["dirs"]]
         file, env = entry.pop("envFile", None), entry.setdefault("env", {})
         if isinstance(file, str) and isinstance(env, dict):
             env = entry["env"] = self.env_file(file, path) | env
@@ -995,6 +1020,7 @@ _HOMES: Final[dict[str, type[_Options]]] = {
     "limits": Limits,
     "mcpServers.NAME.restart": Restart,
     "mcpServers.NAME.tools": ToolRules,
+    "mcpServers.NAME.paths": Paths,
     "log": LogConfig,
     "auth": Auth,
 }
@@ -2587,7 +2613,7 @@ def _spelled(origin: str) -> str:
 # A request is modern if its `_meta` names a protocol version, or its header names the modern one;
 # everything else is legacy (PROTOCOL, North). Never the method: `initialize` with modern `_meta` is
 # an unknown method of a modern client, and the same word from a legacy one begins a session. The
-# one function that knows both eras is `_is_modern`; what both classes stand on is no rule of either.
+# one function that knows both eras is `_is_modern`.
 #
 # Both give the middle the same thing, a Call and a sink, and differ in what an answer may be:
 # - modern: one request, one response, no memory. Closing the response cancels. The server asks by
@@ -2604,7 +2630,6 @@ _HELD: Final = 2**20  # bytes of progress and log messages that wait for a slow 
 _GATHER: Final = 0.005  # seconds in which further asks join the round (CONFORMANCE, trap 5)
 _ROUNDS: Final = 10  # of `input_required` that are answered for a legacy client (PROTOCOL, Joining)
 _BATCH: Final = 100  # messages in a batch; 4 MiB would hold 100,000 calls
-_SUBSCRIPTIONS: Final = 1000  # URIs that one session may be subscribed to
 _KEPT: Final = 4 * 2**20  # bytes that one session's resumption store holds …
 _KEPT_EVENTS: Final = 1000  # … and events …
 _KEPT_ALL: Final = 32 * 2**20  # … and bytes of all sessions together
@@ -2615,6 +2640,7 @@ _ANSWERS_KEPT: Final = 16 * 2**20  # bytes of answers that repeated retries get 
 _JSON: Final = (("Content-Type", "application/json"),)
 _RANK: Final = {level: rank for rank, level in enumerate(LOG_LEVELS)}
 _NOTHING: Final[Mapping[str, Json]] = {}
+_INPUT_REQUIRED: Final = {"resultType": "input_required"}
 _COMPLETE_NOTICE: Final = "notifications/elicitation/complete"
 
 # Which methods a server may answer by asking, and which results a client may keep (2026-07-28,
@@ -2689,11 +2715,10 @@ def _take_meta(params: dict[str, Json]) -> int | str | None:
     meta = params["_meta"]
     if not isinstance(meta, dict):
         raise RpcError(INVALID_PARAMS, "params._meta must be an object")
-    token: int | str | None = meta.get("progressToken", "")
-    if isinstance(token, bool) or not isinstance(token, (str, int)):
+    token: int | str | None = meta.get("progressToken")
+    if type(token) not in (str, int) and "progressToken" in meta:  # True is an int too
         text = "params._meta.progressToken must be a string or an integer"
         raise RpcError(INVALID_PARAMS, text)
-    token = meta.get("progressToken")
     for key in _ERA_META:
         meta.pop(key, None)
     if not meta:
@@ -2707,60 +2732,15 @@ def _owner(principal: str) -> Owner:
     return Owner(principal)
 
 
+_Item = TypeVar("_Item")
+
+
 def _due(waiting: dict[_Item, float], now: float) -> Iterator[_Item]:
     """Take out what is due. Each dict has one delay and time only grows: the first is due first."""
     early = itertools.takewhile(lambda entry: entry[1] <= now, waiting.items())
     for item, _ in list(early):
         if waiting.pop(item, None) is not None:
             yield item
-
-
-# Method, value and protocol version → what is wrong with the value. Policy has the tables; they come
-# in from section Atrax, since Policy stands further down.
-_Check: TypeAlias = Callable[[str, Json, str], "Error | None"]
-_Item = TypeVar("_Item")
-
-
-@dataclasses.dataclass(eq=False, repr=False)
-class _Edge:
-    """What both clients stand on: the door, the limits, the time, the streams that must be kept alive.
-
-    `now` is the time of the last wake, exact to 0.2 s, which is enough for all that waits here."""
-
-    door: Door
-    limits: Limits
-    record: Record
-    clock: Callable[[], float]
-    key: bytes  # signs session ids and states
-    gone: Callable[[Owner], None]  # hears of ended sessions
-    later: Callable[[float, Callable[[], None]], object]
-    check_request: _Check  # for requests that are answered here
-    check_answer: _Check  # for answers to asks
-    wall: Callable[[], float] = time.time  # seconds since the epoch
-
-    def __post_init__(self) -> None:
-        self.now = self.clock()
-        self.seal = _Seal(self.key)
-        self.silent: dict[_Silent, float] = {}  # responses that have not begun → when they must
-        self.beats: dict[_Feed, float] = {}  # streams → when a comment is due
-        self.held: dict[_Feed, None] = {}  # streams whose reader is slow and whose notes wait
-
-    def wake(self, now: float) -> None:
-        """What time alone brings about here."""
-        self.now = now
-        for waiter in _due(self.silent, now):
-            waiter.slow()
-        for feed in _due(self.beats, now):
-            self.beats[feed] = now + _BEAT
-            feed.beat()
-        for feed in tuple(self.held):
-            feed.flush()
-
-
-class _Silent(Protocol):
-    """A response that has not begun."""
-
-    def slow(self) -> None: ...
 
 
 class _Feed:
@@ -2772,7 +2752,7 @@ class _Feed:
 
     __slots__ = ("edge", "reply", "size", "waiting")
 
-    def __init__(self, edge: _Edge, reply: Reply) -> None:
+    def __init__(self, edge: Clients, reply: Reply) -> None:
         self.edge, self.reply, self.size = edge, reply, 0
         self.waiting: deque[bytes] | None = None
         reply.head(200, SSE_HEADERS)
@@ -2824,14 +2804,12 @@ class _Feed:
         self.edge.held.pop(self, None)
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class _Caller:
     """A sink whose handle comes when `open` returns, while notes, asks and the end may come before."""
 
-    __slots__ = ("early", "handle")
-
-    def __init__(self) -> None:
-        self.handle: Handle | None = None
-        self.early: list[Callable[[Handle], None]] | None = None
+    handle: Handle | None = dataclasses.field(default=None, init=False)
+    early: list[Callable[[Handle], None]] | None = dataclasses.field(default=None, init=False)
 
     def enter(self, handle: Handle) -> None:
         """Take what `open` returned, and do what had to wait for it."""
@@ -2928,9 +2906,18 @@ def _wrong_question(result: dict[str, Json]) -> Error | None:
     return Error(INTERNAL_ERROR, "the server sent an input_required result that is none")
 
 
-def _loud_enough(params: dict[str, Json], level: str | None) -> bool:
-    """Whether a log message reaches the level that was asked for; None asked for no messages."""
-    return level is not None and _RANK.get(params.get("level", ""), 0) >= _RANK[level]
+def _note_for(token: Json, level: str | None, notice: Notice) -> bytes | None:
+    """A note as the client of a call hears it, by the token and the level that it gave; None: not at all."""
+    method, params = notice.method, notice.params
+    if method == "notifications/progress":
+        if token is None:
+            return None
+        notice = Notice(method, {**params, "progressToken": token})
+    elif method == "notifications/message" and (
+        level is None or _RANK.get(params.get("level", ""), 0) < _RANK[level]
+    ):
+        return None
+    return write_notice(notice)
 
 
 class _Seal:
@@ -2943,36 +2930,31 @@ class _Seal:
     def __init__(self, key: bytes) -> None:
         self._key = key
 
-    def _mac(self, label: bytes, *parts: bytes) -> str:
-        mac = hmac.new(self._key, label, "sha256")
-        for part in parts:
-            mac.update(b"%d:" % len(part))
-            mac.update(part)
-        return base64.urlsafe_b64encode(mac.digest()).rstrip(b"=").decode()
+    def _mac(self, *parts: str) -> str:
+        mac = hmac.digest(self._key, encode(parts), "sha256")
+        return base64.urlsafe_b64encode(mac).rstrip(b"=").decode()
 
     def session(self, principal: str, endpoint: str) -> str:
         """A new session id: 128 random bits, and a signature that binds them to whose session it is."""
         name = secrets.token_urlsafe(16)
-        mac = self._mac(b"session", name.encode(), principal.encode(), endpoint.encode())
-        return f"{name}.{mac[:22]}"
+        return f"{name}.{self._mac('session', name, principal, endpoint)[:22]}"
 
-    def state(self, content: list[Json], binding: bytes) -> str:
+    def state(self, content: list[Json], binding: str) -> str:
         """`content` as a `requestState` that only fits the call with this `binding`."""
-        text = base64.urlsafe_b64encode(encode(content)).rstrip(b"=")
-        return f"{text.decode()}.{self._mac(b'state', text, binding)}"
+        text = base64.urlsafe_b64encode(encode(content)).rstrip(b"=").decode()
+        return f"{text}.{self._mac('state', text, binding)}"
 
-    def read(self, state: str, binding: bytes) -> list[Json] | None:
+    def read(self, state: str, binding: str) -> list[Json] | None:
         """The content of a state; None if it is not ours, was altered, or belongs to another call."""
         text, _, mac = state.rpartition(".")
-        if not text or not state.isascii():
-            return None
-        if not hmac.compare_digest(mac, self._mac(b"state", text.encode(), binding)):
+        good = text and state.isascii()
+        if not good or not hmac.compare_digest(mac, self._mac("state", text, binding)):
             return None
         content: list[Json] = orjson.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
         return content
 
 
-def _binding(principal: str, endpoint: str, body: bytes) -> bytes:
+def _binding(principal: str, endpoint: str, body: bytes) -> str:
     """A digest of what makes two requests the same call: all params but `_meta` and the retry's own.
 
     Taken from the bytes that came in, since the door may rewrite a call's params (the tool's name);
@@ -2981,7 +2963,7 @@ def _binding(principal: str, endpoint: str, body: bytes) -> bytes:
     own = ("_meta", "inputResponses", "requestState")
     salient = {key: value for key, value in message["params"].items() if key not in own}
     content = [principal, endpoint, message["method"], salient]
-    return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).digest()
+    return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 # ---- ModernClient ----
@@ -3075,17 +3057,10 @@ def _mismatch(header: str, value: str | None, body: str) -> RpcError:
     return RpcError(HEADER_MISMATCH, text)
 
 
-def _mirrored(headers: Mapping[str, str]) -> Mapping[str, str]:
-    """The Mcp-Param-* headers as they came. Most requests have none: one search instead of ten, 0.5 us."""
-    if "mcp-param-" not in " ".join(headers):
-        return _NOTHING
-    return {name: headers[name] for name in headers if name.startswith("mcp-param-")}
-
-
 class ModernClient:
     """A client of 2026-07-28: every request stands alone (basic/transports/streamable-http)."""
 
-    def __init__(self, edge: _Edge) -> None:
+    def __init__(self, edge: Clients) -> None:
         self.edge = edge
         self.parking = _Parking(edge)
         self.streaming: dict[_ModernCall, None] = {}  # calls whose response is an event stream
@@ -3102,13 +3077,17 @@ class ModernClient:
             visit.reply.full(202, (), b"")
             return
         request, params, method = visit.request, message.params, message.method
-        meta = _climb(request.headers, message)
+        headers = request.headers
+        meta = _climb(headers, message)
         capabilities, info = meta[META_CAPABILITIES], meta.get(META_CLIENT)
         level, token = meta.get(META_LOG_LEVEL), _take_meta(params)
         call = Call(
             method, params, _owner(visit.principal), MODERN, visit.endpoint, capabilities, info,
-            level, token is not None, "", _mirrored(request.headers), request.address,
+            level, token is not None, "", _NOTHING, request.address,
         )  # fmt: skip
+        # Most requests have none: one search in place of ten, 0.5 us.
+        if "mcp-param-" in " ".join(headers):
+            call.mirrored = {key: headers[key] for key in headers if key.startswith("mcp-param-")}
         kind = _ModernListen if method == "subscriptions/listen" else _ModernCall
         run = kind(self, visit, message.id, token, call)
         if method in _ASKABLE and ("requestState" in params or "inputResponses" in params):
@@ -3116,30 +3095,19 @@ class ModernClient:
         else:
             run.begin(call)
 
-    def drop(self, principal: str) -> None:
-        """End what `principal` has open: it is gone, or may do less than before."""
-        for run in [run for run in self._running() if run.principal == principal]:
-            run.stop("the principal may no longer use this")
-        self.parking.drop(principal)
-
-    def drain(self) -> None:
-        """End the listens, each with its own result."""
-        for listen in self.listens:
-            listen.stop("Atrax is stopping")
-
-    def close(self) -> None:
-        for run in self._running():
-            run.stop("Atrax is stopping")
-        self.parking.drop()
+    def stop(self, why: str, principal: str | None = None) -> None:
+        """End what `principal` has open; None: everybody."""
+        waiting = [waiter for waiter in self.edge.silent if isinstance(waiter, _ModernCall)]
+        for run in (*waiting, *self.streaming):
+            if principal in (None, run.principal):
+                run.stop(why)
+        for parked in tuple(self.parking.calls.values()):
+            if principal in (None, parked.run.principal):
+                self.parking.expire(parked, why)
 
     @property
     def listens(self) -> list[_ModernListen]:
         return [run for run in self.streaming if isinstance(run, _ModernListen)]
-
-    def _running(self) -> list[_ModernCall]:
-        """The calls whose response is open."""
-        waiting = [waiter for waiter in self.edge.silent if isinstance(waiter, _ModernCall)]
-        return [*waiting, *self.streaming]
 
 
 class _ModernCall(_Caller):
@@ -3169,52 +3137,33 @@ class _ModernCall(_Caller):
 
     def begin(self, call: Call) -> None:
         """Send the call on its way."""
-        self._wait()
+        self.wait()
         self.enter(self.client.edge.door.open(call, self))
 
-    def attach(self, other: _ModernCall) -> None:
-        """Go on on the response of a retry; its own settings count from now on."""
-        self.reply, self.ident = other.reply, other.ident
-        self.token, self.level = other.token, other.level
-        self.retried = True
-        self._wait()
-
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """The response is open and has not begun."""
         assert self.reply is not None
         self.reply.closed = self.left
         self.client.edge.silent[self] = self.client.edge.now + _SLOW
 
-    def slow(self) -> None:
-        """The response becomes an event stream, if it is none yet."""
+    def slow(self) -> _Feed:
+        """The response as an event stream, which it becomes here if it is none yet."""
         if self.feed is None:
             assert self.reply is not None
             self.client.edge.silent.pop(self, None)
             self.client.streaming[self] = None
             self.feed = _Feed(self.client.edge, self.reply)
-
-    def stream(self) -> _Feed:
-        self.slow()
-        assert self.feed is not None
         return self.feed
-
-    # ---- the sink ----
 
     def note(self, notice: Notice) -> None:
         """Notes belong to a response; what comes while the call is parked has nowhere to go."""
-        method, params = notice.method, notice.params
-        if method == "notifications/cancelled":
+        if notice.method == "notifications/cancelled":
             if self.parked is not None:
-                self.parked.asks.pop(str(params.get("requestId")), None)
-            return
-        if self.reply is None or method == _COMPLETE_NOTICE:
-            return
-        if method == "notifications/progress":
-            if self.token is None:
-                return
-            notice = Notice(method, {**params, "progressToken": self.token})
-        elif method == "notifications/message" and not _loud_enough(params, self.level):
-            return
-        self.stream().note(sse_event(write_notice(notice)))
+                self.parked.asks.pop(str(notice.params.get("requestId")), None)
+        elif self.reply is not None and notice.method != _COMPLETE_NOTICE:
+            body = _note_for(self.token, self.level, notice)
+            if body is not None:
+                self.slow().note(sse_event(body))
 
     def ask(self, ask: Ask) -> None:
         """One ask of a child: refused, answered from what the client sent ahead, or parked."""
@@ -3268,8 +3217,6 @@ class _ModernCall(_Caller):
             del self.client.streaming[self]
         return reply, feed
 
-    # ---- outcomes, as a modern client reads them ----
-
     def _answer(self, outcome: Outcome) -> bytes | Error:
         error, result = outcome.error, outcome.result
         if self.refused is not None and (text := _failure(outcome)) is not None:
@@ -3291,8 +3238,9 @@ class _ModernCall(_Caller):
         if code == LEGACY_URL_ELICITATION and self.method in _ASKABLE:
             requests = _url_elicitations(error.data)
             if requests:
-                result = {"resultType": "input_required", "inputRequests": requests}
-                return self._ask_all(result, ["urls", place])
+                return self._ask_all(
+                    {**_INPUT_REQUIRED, "inputRequests": requests}, ["urls", place]
+                )
         if code == LEGACY_RESOURCE_NOT_FOUND:
             return Error(INVALID_PARAMS, error.message, error.data, error.status)
         if code == CANCELLED or (-32099 <= code <= -32020 and code not in _HTTP_STATUS):
@@ -3324,6 +3272,9 @@ class _ModernCall(_Caller):
         if not cacheable and raw is not None and (result is None or "resultType" not in result):
             return _spliced(b'{"resultType":"complete"', raw)
         have = result or {}
+        if self.method == "server/discover" and "tasks" in (said := have.get("capabilities", {})):
+            # As 2025-11-25 has them; here they are an extension.
+            have["capabilities"] = {key: said[key] for key in said if key != "tasks"}
         want: dict[str, Json] = {"resultType": have.get("resultType", "complete")}
         if cacheable:
             public = have.get("cacheScope", "public" if outcome.public else "private") == "public"
@@ -3336,8 +3287,6 @@ class _ModernCall(_Caller):
         if raw is not None and not any(key in have for key in want):
             return _spliced(encode(want)[:-1], raw)
         return encode({**have, **want})
-
-    # ---- the end of the response ----
 
     def left(self) -> None:
         """The client closed the response: that cancels the call (Cancellation)."""
@@ -3375,7 +3324,7 @@ class _ModernListen(_ModernCall):
             return
         meta = {**notice.params.get("_meta", {}), META_SUBSCRIPTION: self.ident}
         notice = Notice(notice.method, {**notice.params, "_meta": meta})
-        self.stream().write(sse_event(write_notice(notice)))
+        self.slow().write(sse_event(write_notice(notice)))
 
     def stop(self, why: str) -> None:
         """End the subscription on Atrax's own initiative, gracefully: by its own result."""
@@ -3410,11 +3359,10 @@ def _failure(outcome: Outcome) -> str | None:
 def _url_elicitations(data: Json) -> dict[str, Json]:
     """The asks of a -32042 error (2025-11-25, client/elicitation), for a modern client: without ids."""
     asked = data.get("elicitations") if isinstance(data, dict) else None
-    found = [item for item in asked if isinstance(item, dict)] if isinstance(asked, list) else []
     return {
         f"elicitation-{number}": _modern_ask("elicitation/create", item)
-        for number, item in enumerate(found, 1)
-        if isinstance(item.get("url"), str)
+        for number, item in enumerate(asked if isinstance(asked, list) else (), 1)
+        if isinstance(item, dict) and isinstance(item.get("url"), str)
     }
 
 
@@ -3467,20 +3415,20 @@ _MOVES: Final = {
 }
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class _Parked:
     """A call whose child asked; it is in the parking from its first ask until it is forgotten."""
 
-    __slots__ = ("asks", "due", "given", "name", "parking", "round", "run", "size", "stage")
-
-    def __init__(self, parking: _Parking, run: _ModernCall) -> None:
-        self.parking, self.run = parking, run
-        self.name = secrets.token_urlsafe(12)
-        self.stage = _Stage.RUNNING
-        self.round = 0  # the last round that the client was told of
-        self.asks: dict[str, Ask] = {}  # open questions by key
-        # The last answer, by the round whose retry gets it.
-        self.given: dict[int, bytes | Error] = {}
-        self.due, self.size = 0.0, 0
+    parking: _Parking
+    run: _ModernCall
+    name: str = dataclasses.field(default_factory=lambda: secrets.token_urlsafe(12))
+    stage: _Stage = _Stage.RUNNING
+    round: int = 0  # the last round that the client was told of
+    asks: dict[str, Ask] = dataclasses.field(default_factory=dict)  # open questions by key
+    # The last answer, by the round whose retry gets it.
+    given: dict[int, bytes | Error] = dataclasses.field(default_factory=dict)
+    due: float = 0.0
+    size: int = 0
 
     def move(self, stage: _Stage) -> None:
         assert stage in _MOVES[self.stage], f"a parked call cannot go from {self.stage} to {stage}"
@@ -3501,12 +3449,10 @@ class _Parked:
             return
         self.move(_Stage.PARKED)
         requests = {key: _modern_ask(ask.method, ask.params) for key, ask in self.asks.items()}
-        state = self.run.state(["parked", self.name, self.round + 1])
-        answer = encode(
-            {"resultType": "input_required", "inputRequests": requests, "requestState": state}
-        )
-        self.given = {self.round: answer}
         self.round += 1
+        state = self.run.state(["parked", self.name, self.round])
+        answer = encode({**_INPUT_REQUIRED, "inputRequests": requests, "requestState": state})
+        self.given = {self.round - 1: answer}
         self.parking.extend(self)
         self.run.give(answer)
 
@@ -3520,7 +3466,10 @@ class _Parked:
         else:
             text = "a repeated retry took over this call; the answer goes there"
             self.run.give(Error(INVALID_REQUEST, text))
-        self.run.attach(other)
+        # It goes on on the response of the retry, whose own settings count from now on.
+        self.run.reply, self.run.ident, self.run.retried = other.reply, other.ident, True
+        self.run.token, self.run.level = other.token, other.level
+        self.run.wait()
         self.parking.extend(self)
         for key, ask in list(self.asks.items()):
             if self.run.fits(ask, answers.get(key)):
@@ -3540,7 +3489,7 @@ class _Parked:
 class _Parking:
     """All parked calls of modern clients, bounded by owner, time, and bytes of remembered answers."""
 
-    def __init__(self, edge: _Edge) -> None:
+    def __init__(self, edge: Clients) -> None:
         self.edge = edge
         self.calls: OrderedDict[str, _Parked] = OrderedDict()  # by name; the first is due first
         self.counts: dict[str, int] = {}  # principal → its calls that have not ended
@@ -3596,6 +3545,10 @@ class _Parking:
         answers, state = params.get("inputResponses", {}), params.get("requestState")
         if not isinstance(answers, dict):
             raise RpcError(INVALID_PARAMS, "params.inputResponses must be an object")
+        if "inputResponses" in params:
+            # What cannot be an answer is asked for again, and never reaches a child (trap 4).
+            answers = {key: answer for key, answer in answers.items() if isinstance(answer, dict)}
+            params["inputResponses"] = answers
         if "requestState" not in params:
             # No first round: a fresh call, and what the client sent ahead answers what fits (trap 4).
             run.prefill = dict(answers)
@@ -3626,10 +3579,8 @@ class _Parking:
                 params["requestState"] = content[2]
         else:
             params.pop("inputResponses", None)
-            if any(
-                isinstance(item, dict) and item.get("action") != "accept"
-                for item in answers.values()
-            ):
+            actions = [item.get("action") for item in answers.values() if isinstance(item, dict)]
+            if any(action != "accept" for action in actions):
                 text = "the server needs the user to visit a URL, which was declined"
                 run.give(Error(INTERNAL_ERROR, text))
                 return
@@ -3640,9 +3591,9 @@ class _Parking:
             if parked.stage in (_Stage.RUNNING, _Stage.GATHERING):
                 self.extend(parked)  # its client is here; the server's own timeouts bound it
             else:
-                self._expire(parked, "the client did not answer within limits.park")
+                self.expire(parked, "the client did not answer within limits.park")
 
-    def _expire(self, parked: _Parked, why: str) -> None:
+    def expire(self, parked: _Parked, why: str) -> None:
         """Nobody will answer: the child hears so, then the call is cancelled (DESIGN, Parking)."""
         self.forget(parked)
         if parked.stage is not _Stage.PARKED:
@@ -3655,40 +3606,30 @@ class _Parking:
         parked.asks.clear()
         run.cancel(why)
 
-    def drop(self, principal: str | None = None) -> None:
-        """End the parked calls of `principal`, or all."""
-        for parked in tuple(self.calls.values()):
-            if principal is None or parked.run.principal == principal:
-                self._expire(parked, "its principal changed" if principal else "Atrax is stopping")
-
 
 # ---- A legacy client's session ----
 
-_OWN: Final = frozenset(
-    {"ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe"}
-)
+_OWN: Final = ("ping", "logging/setLevel", "resources/subscribe", "resources/unsubscribe")
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class _Session:
     """One legacy client's session."""
 
-    __slots__ = (
-        "calls", "capabilities", "endpoint", "ident", "info", "level", "listening", "number", "old",
-        "owner", "size", "streams", "used", "version",
-    )  # fmt: skip
-
-    def __init__(self, ident: str, owner: Owner, endpoint: str, version: str, now: float) -> None:
-        self.ident, self.owner, self.endpoint, self.version = ident, owner, endpoint, version
-        self.capabilities: dict[str, Json] = {}
-        self.info: dict[str, Json] | None = None
-        self.level: str | None = None  # what logging/setLevel said
-        self.used = now
-        self.old = False  # of the 2024-11-05 transport, where stream 0 is the session
-        self.number = 0  # of the last stream or ask
-        self.calls: dict[_LegacyCall, None] = {}
-        self.streams: dict[int, _Outlet] = {}
-        self.size = 0  # bytes in the resumption store
-        self.listening: _Listening | None = None
+    ident: str
+    owner: Owner
+    endpoint: str
+    version: str
+    used: float  # when
+    capabilities: dict[str, Json] = dataclasses.field(default_factory=dict)
+    info: dict[str, Json] | None = None
+    level: str | None = None  # what logging/setLevel said
+    old: bool = False  # of the 2024-11-05 transport, where stream 0 is the session
+    number: int = 0  # of the last stream or ask
+    calls: dict[_LegacyCall, None] = dataclasses.field(default_factory=dict)
+    streams: dict[int, _Outlet] = dataclasses.field(default_factory=dict)
+    size: int = 0  # bytes in the resumption store
+    listening: _Listening | None = None
 
     def next(self) -> int:
         self.number += 1
@@ -3765,36 +3706,31 @@ class _Store:
             self.events[session] = left
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class _Outlet:
     """One response of a legacy client: JSON if only answers come, else an event stream.
 
     `reply` is None once the response has begun or its client has gone, `feed` while no event stream
     is connected. Without a session there is nowhere to come back to: no ids, and nothing is kept."""
 
-    __slots__ = (
-        "answers", "batch", "client", "feed", "headers", "last", "number", "over", "pending", "reply",
-        "session",
-    )  # fmt: skip
+    client: LegacyClient
+    session: _Session | None
+    reply: Reply | None
+    pending: int = 1  # answers that have not come
+    answers: list[bytes] | None = None  # of a batch; None: it is none
+    headers: tuple[tuple[str, str], ...] = ()  # that go with a JSON response
+    feed: _Feed | None = None
+    number: int = -1  # its number as an event stream; -1: it is none (yet)
+    last: int = 0  # the number of the last event
+    over: bool = False
 
-    def __init__(
-        self, client: LegacyClient, session: _Session | None, reply: Reply | None, pending: int = 1
-    ) -> None:
-        self.client, self.session, self.reply = client, session, reply
-        self.pending = pending  # answers that have not come
-        self.batch = False
-        self.answers: list[bytes] = []  # of a batch
-        self.headers: tuple[tuple[str, str], ...] = ()  # that go with a JSON response
-        self.feed: _Feed | None = None
-        self.number = -1  # its number as an event stream; -1: it is none (yet)
-        self.last = 0  # the number of the last event
-        self.over = False
-        if reply is not None:
-            reply.closed = self._left
+    def __post_init__(self) -> None:
+        if self.reply is not None:
+            self.reply.closed = self._left
 
-    def reaches(self) -> bool:
-        """Whether an ask could be read, now or later."""
-        here = self.reply is not None or self.feed is not None
-        return here or (self.session is not None and self.number >= 0)
+    def lost(self) -> bool:
+        """Whether the client left before it had an event id: nothing reaches it any more."""
+        return self.reply is None and self.number < 0
 
     def slow(self) -> None:
         """The response becomes an event stream, if its client is still there."""
@@ -3803,7 +3739,7 @@ class _Outlet:
         reply, self.reply = self.reply, None
         self.client.edge.silent.pop(self, None)
         self.open(reply, self.session.next() if self.session is not None else 0)
-        for answer in self.answers:
+        for answer in self.answers or ():
             self.send(answer)
 
     def open(self, reply: Reply, number: int) -> None:
@@ -3832,8 +3768,9 @@ class _Outlet:
         return feed
 
     def _frame(self, message: bytes) -> bytes:
+        self.slow()
         session = self.session
-        if session is None or session.old:
+        if session is None or session.old or self.number < 0:
             return sse_event(message)
         self.last += 1
         frame = sse_event(message, f"{self.number}-{self.last}")
@@ -3842,26 +3779,22 @@ class _Outlet:
 
     def send(self, message: bytes) -> None:
         """Send what must arrive, on the event stream that this begins; nobody gets it if none can begin."""
-        self.slow()
-        if self.number >= 0:
-            frame = self._frame(message)
-            if self.feed is not None:
-                self.feed.write(frame)
+        frame = self._frame(message)
+        if self.feed is not None:
+            self.feed.write(frame)
 
     def note(self, message: bytes) -> None:
         """The same for what may be lost when the reader is slow."""
-        self.slow()
-        if self.number >= 0:
-            frame = self._frame(message)
-            if self.feed is not None:
-                self.feed.note(frame)
+        frame = self._frame(message)
+        if self.feed is not None:
+            self.feed.note(frame)
 
     def answer(self, message: bytes | None, error: Error | None = None) -> None:
         """One of the answers that were to come; None: its call was cancelled."""
         self.pending -= 1
         last = self.pending == 0
         if self.reply is not None:
-            if message is not None and self.batch:
+            if message is not None and self.answers is not None:
                 self.answers.append(message)
             if last:
                 self._answer_plain(self.reply, message, error)
@@ -3869,7 +3802,7 @@ class _Outlet:
         if message is not None:
             self.over = last
             self.send(message)
-        if last and (message is not None or self.batch):
+        if last and (message is not None or self.answers is not None):
             self.end()
         elif last:
             self.forget()  # cancelled: there is nothing to come back for
@@ -3924,7 +3857,7 @@ class _Outlet:
             # In a session closing does not cancel (2025-11-25, transports); here nobody else could.
             for call in [call for call in self.client.lone if call.outlet is self]:
                 call.drop("the client closed the response of a call without a session")
-        elif self.session.old:
+        elif self.session.old and self.number == 0:
             self.client.end(self.session, "the client closed its stream")
 
 
@@ -3941,6 +3874,7 @@ class _Asked:
     token: Json  # the progressToken that the child gave; the client gets our id in its place
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class _LegacyCall(_Caller):
     """One call of a legacy client: asks go out as requests on its stream.
 
@@ -3948,69 +3882,56 @@ class _LegacyCall(_Caller):
     the call is made again with the answers, ten times at most. The first request's bytes are kept for
     that, since the door may rewrite a call's params."""
 
-    __slots__ = (
-        "answers", "asks", "body", "client", "ident", "method", "outlet", "over", "place", "rounds",
-        "session", "state", "token", "visit", "wanted",
-    )  # fmt: skip
+    outlet: _Outlet
+    visit: _Visit
+    body: bytes
+    ident: int | str
+    token: Json
+    method: str = ""
+    place: str = ""
+    state: Json = None
+    asks: dict[str, _Asked] = dataclasses.field(default_factory=dict)  # that wait, by our id
+    over: bool = False
+    rounds: int = 0
+    wanted: set[str] | None = None  # keys of inputRequests not answered yet; None: no round
+    answers: dict[str, Json] = dataclasses.field(init=False)  # of a round
 
-    def __init__(
-        self, outlet: _Outlet, visit: _Visit, body: bytes, ident: int | str, token: Json
-    ) -> None:
-        self.handle = self.early = None
-        self.client, self.session = outlet.client, visit.session
-        self.outlet, self.visit, self.body, self.ident, self.token = (
-            outlet,
-            visit,
-            body,
-            ident,
-            token,
-        )
-        self.asks: dict[str, _Asked] = {}  # our requests that wait, by their id
-        self.over = False
-        self.rounds = 0
-        self.wanted: set[str] | None = (
-            None  # keys of inputRequests not answered yet; None: no round
-        )
+    @property
+    def _home(self) -> dict[_LegacyCall, None]:
+        """Where it is registered while it runs."""
+        session = self.visit.session
+        return self.outlet.client.lone if session is None else session.calls
 
     def begin(self, call: Call) -> None:
         self.method = call.method
-        (self.client.lone if self.session is None else self.session.calls)[self] = None
-        self.enter(self.client.edge.door.open(call, self))
-
-    # ---- the sink ----
+        self._home[self] = None
+        self.enter(self.outlet.client.edge.door.open(call, self))
 
     def note(self, notice: Notice) -> None:
         if self.over:
             return
-        method, params, session = notice.method, notice.params, self.session
-        if method == "notifications/progress":
-            if self.token is None:
-                return
-            notice = Notice(method, {**params, "progressToken": self.token})
-        elif method == "notifications/message":
-            if not _loud_enough(params, (session and session.level) or "info"):
-                return
-        elif method == "notifications/cancelled":
+        method, session = notice.method, self.visit.session
+        if method == "notifications/cancelled":
             for asked in list(self.asks.values()):
-                if asked.ask.key == params.get("requestId"):
+                if asked.ask.key == notice.params.get("requestId"):
                     self.take_back(asked)
-            return
-        elif method == _COMPLETE_NOTICE and self.visit.version < "2025-11-25":
-            return
-        self.outlet.note(write_notice(notice))
+        elif method != _COMPLETE_NOTICE or self.visit.version >= "2025-11-25":
+            body = _note_for(self.token, (session and session.level) or "info", notice)
+            if body is not None:
+                self.outlet.note(body)
 
     def ask(self, ask: Ask) -> None:
-        session = self.session
+        session = self.visit.session
         needed = _undeclared(ask.method, ask.params, session.capabilities if session else {})
         if needed is not None:
             self.answered(ask, _refusal(ask, needed))
-        elif session is None or self.over or not self.outlet.reaches():
+        elif session is None or self.over or self.outlet.lost():
             self.answered(ask, _failed(f"{ask.method}: the client cannot be reached any more"))
         else:
-            edge, ident = self.client.edge, f"atrax-{session.next()}"
+            edge, ident = self.outlet.client.edge, f"atrax-{session.next()}"
             params, token = _legacy_ask(ask, ident, self.visit.version)
             asked = self.asks[ident] = _Asked(self, ask, ident, token)
-            self.client.asked[asked] = edge.now + edge.limits.park
+            self.outlet.client.asked[asked] = edge.now + edge.limits.park
             self.outlet.send(write_request(ident, ask.method, params))
 
     def answered(self, ask: Ask, outcome: Outcome) -> None:
@@ -4021,7 +3942,7 @@ class _LegacyCall(_Caller):
             self._collect(self.wanted, ask, outcome)
 
     def forget(self, asked: _Asked) -> None:
-        self.client.asked.pop(asked, None)
+        self.outlet.client.asked.pop(asked, None)
         self.asks.pop(asked.ident, None)
 
     def take_back(self, asked: _Asked) -> None:
@@ -4048,9 +3969,10 @@ class _LegacyCall(_Caller):
     def finish(self, message: bytes | None, error: Error | None = None) -> None:
         """End the call by its response; None: it was cancelled, and its POST ends without one."""
         self.over = True
-        (self.client.lone if self.session is None else self.session.calls).pop(self, None)
-        for asked in list(self.asks.values()):
-            self.forget(asked)
+        self._home.pop(self, None)
+        if self.asks:
+            for asked in list(self.asks.values()):
+                self.forget(asked)
         self.outlet.answer(message, error)
 
     def drop(self, why: str) -> None:
@@ -4065,8 +3987,6 @@ class _LegacyCall(_Caller):
             self.fail(own_error(UNAVAILABLE, why, "stopped"))
             self.cancel(why)
 
-    # ---- rounds with a modern child ----
-
     def _round(self, result: dict[str, Json], place: str) -> None:
         self.rounds += 1
         if self.rounds > _ROUNDS:
@@ -4077,15 +3997,12 @@ class _LegacyCall(_Caller):
         if wrong is not None:
             self.fail(wrong)
             return
-        requests, self.state, self.place = (
-            result.get("inputRequests"),
-            result.get("requestState"),
-            place,
-        )
-        self.answers: dict[str, Json] = {}
+        requests = result.get("inputRequests")
+        self.state, self.place = result.get("requestState"), place
+        self.answers = {}
         if not requests:
             # Only a state: the server wants to be called again, and not at once by everybody.
-            self.client.edge.later(random.uniform(0.05, 0.25), self._again)
+            self.outlet.client.edge.later(random.uniform(0.05, 0.25), self._again)
             return
         self.wanted = set(requests)
         for key, item in requests.items():
@@ -4109,29 +4026,29 @@ class _LegacyCall(_Caller):
     def _again(self) -> None:
         if self.over:
             return
-        params = decode(self.body, sys.maxsize)["params"]
+        params = decode(self.body, sys.maxsize).get("params", {})
         _take_meta(params)
         if self.answers:
             params["inputResponses"] = self.answers
         if self.state is not None:
             params["requestState"] = self.state
-        call = self.client.call(self.method, params, self.visit, self.token)
+        call = self.outlet.client.call(self.method, params, self.visit, self.token)
         call.place, self.handle = self.place, None
-        self.enter(self.client.edge.door.open(call, self))
+        self.enter(self.outlet.client.edge.door.open(call, self))
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class _Initialize(_LegacyCall):
     """An `initialize`: a server/discover for the middle. `made`: the session, which begins if it succeeds."""
 
-    __slots__ = ("made",)
-    made: _Session
+    made: _Session = dataclasses.field(kw_only=True)
 
     def done(self, outcome: Outcome) -> None:
         if self.over:
             return
         error = outcome.error
-        if error is None and self.session is None:  # the old transport's stands already
-            error = self.client.admit(self.made)
+        if error is None and self.visit.session is None:  # the old transport's stands already
+            error = self.outlet.client.admit(self.made)
             self.outlet.headers = (("Mcp-Session-Id", self.made.ident),)
         if error is not None:
             self.fail(error)
@@ -4144,14 +4061,13 @@ class _Initialize(_LegacyCall):
 # ---- What a session listens to ----
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class _SessionListen(_Caller):
     """One subscriptions/listen of a session, for these URIs."""
 
-    __slots__ = ("listening", "over", "uris")
-
-    def __init__(self, listening: _Listening, uris: set[str]) -> None:
-        super().__init__()
-        self.listening, self.uris, self.over = listening, uris, False
+    listening: _Listening
+    uris: set[str]
+    over: bool = False
 
     def note(self, notice: Notice) -> None:
         if self.over:
@@ -4168,10 +4084,8 @@ class _SessionListen(_Caller):
     def done(self, outcome: Outcome) -> None:
         if not self.over:
             self.over = True
-            error = outcome.error
-            self.listening.ended(
-                self, error or own_error(UNAVAILABLE, "subscriptions have ended here", "ended")
-            )
+            ended = own_error(UNAVAILABLE, "subscriptions have ended here", "ended")
+            self.listening.ended(self, outcome.error or ended)
 
     def stop(self, why: str) -> None:
         if not self.over:
@@ -4179,6 +4093,7 @@ class _SessionListen(_Caller):
             self.cancel(why)
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class _Listening:
     """What a session hears of: one listen behind the GET stream and all of its resource subscriptions.
 
@@ -4186,14 +4101,12 @@ class _Listening:
     the old one is cancelled when the new one is acknowledged: nothing is missed, nothing comes twice,
     since only the current one is heard. Subscribes that come meanwhile share the next one."""
 
-    __slots__ = ("client", "current", "opening", "session", "uris")
-
-    def __init__(self, client: LegacyClient, session: _Session) -> None:
-        self.client, self.session = client, session
-        # What is subscribed to, each with the subscribes that wait: the request's id, its response.
-        self.uris: dict[str, list[tuple[int | str, _Outlet]]] = {}
-        self.current: _SessionListen | None = None
-        self.opening: _SessionListen | None = None
+    client: LegacyClient
+    session: _Session
+    # What is subscribed to, each with the subscribes that wait: the request's id, its response.
+    uris: dict[str, list[tuple[int | str, _Outlet]]] = dataclasses.field(default_factory=dict)
+    current: _SessionListen | None = None
+    opening: _SessionListen | None = None
 
     def start(self) -> None:
         """Listen, unless that goes on already or the session has ended."""
@@ -4201,10 +4114,6 @@ class _Listening:
             self._open()
 
     def subscribe(self, uri: str, ident: int | str, outlet: _Outlet) -> None:
-        if len(self.uris) >= _SUBSCRIPTIONS:
-            text = f"this session has {_SUBSCRIPTIONS} subscriptions already; unsubscribe from some"
-            outlet.fail(ident, Error(INTERNAL_ERROR, text))
-            return
         self.uris.setdefault(uri, []).append((ident, outlet))
         self._open()
 
@@ -4217,16 +4126,13 @@ class _Listening:
     def _open(self) -> None:
         if self.opening is not None:
             return
-        wanted: dict[str, Json] = {
-            f"{kind}ListChanged": True for kind in ("tools", "prompts", "resources")
-        }
+        lists = ("toolsListChanged", "promptsListChanged", "resourcesListChanged")
+        wanted: dict[str, Json] = dict.fromkeys(lists, True)
         if self.uris:
             wanted["resourceSubscriptions"] = list(self.uris)
         call = self.session.call("subscriptions/listen", {"notifications": wanted})
-        edge = self.client.edge
         self.opening = listen = _SessionListen(self, set(self.uris))
-        edge.later(_LINGER, lambda: self._late(listen))
-        listen.enter(edge.door.open(call, listen))
+        listen.enter(self.client.edge.door.open(call, listen))
 
     def acknowledged(self, listen: _SessionListen, honoured: set[str]) -> None:
         if listen is not self.opening:
@@ -4259,12 +4165,6 @@ class _Listening:
         if self.current is None and self.opening is None:
             self.client.edge.later(_SLOW, self.start)
 
-    def _late(self, listen: _SessionListen) -> None:
-        if listen is self.opening:
-            listen.stop("it was not acknowledged in time")
-            text = "the subscription was not acknowledged in time"
-            self.ended(listen, own_error(TIMED_OUT, text, "timeout"))
-
     def close(self) -> None:
         """Stop listening; subscribes that wait end as cancelled calls do."""
         unanswered = [outlet for waiting in self.uris.values() for _, outlet in waiting]
@@ -4287,7 +4187,7 @@ class LegacyClient:
     version its header names): stateless clients and curl work. What needs a session (responses,
     logging/setLevel, subscriptions, GET, DELETE) is 400 without one."""
 
-    def __init__(self, edge: _Edge) -> None:
+    def __init__(self, edge: Clients) -> None:
         self.edge = edge
         self.store = _Store()
         self.sessions: OrderedDict[str, _Session] = OrderedDict()  # the longest unused first
@@ -4306,8 +4206,7 @@ class LegacyClient:
             assert isinstance(message, Request)
             self._initialize(message, _Outlet(self, None, reply), visit)
             return
-        visit.session = session = self._session_of(visit)
-        visit.version = self._version_of(visit.request, session)
+        session = self._enter(visit)
         if isinstance(value, list):
             self._batch(visit, value)
             return
@@ -4350,7 +4249,6 @@ class LegacyClient:
     def sse(self, visit: _Visit) -> None:
         """The 2024-11-05 transport: this stream is the session, and ends with it; raises HttpError."""
         _check_get(visit.request.headers)
-        endpoint = visit.endpoint
         session = self._new_session(visit, LEGACY[0])
         session.old = True
         error = self.admit(session)
@@ -4358,7 +4256,7 @@ class LegacyClient:
             raise HttpError(503, error.message, _retry_after(error))
         stream = session.streams[0] = _Outlet(self, session, None, 0)
         stream.open(visit.reply, 0)
-        path = f"/servers/{endpoint}/messages" if endpoint else "/messages"
+        path = f"/servers/{visit.endpoint}/messages" if visit.endpoint else "/messages"
         visit.reply.write(sse_event(f"{path}?sessionId={session.ident}".encode(), "", "endpoint"))
 
     def messages(self, visit: _Visit) -> None:
@@ -4395,29 +4293,27 @@ class LegacyClient:
         self.sessions.move_to_end(ident)
         return session
 
-    def _session_of(self, visit: _Visit) -> _Session | None:
-        """The session that the request names, None if it names none; raises HttpError 404."""
-        ident = visit.request.headers.get("mcp-session-id")
-        session = self._find(ident, visit) if ident is not None else None
-        if session is None and ident is not None:
-            text = "this session has ended or is not of this endpoint; initialize anew"
-            raise HttpError(404, text)
-        return session
-
-    def _needed_session(self, visit: _Visit) -> _Session:
-        session = self._session_of(visit)
-        if session is None:
-            raise HttpError(400, "this needs a session: initialize one, then send Mcp-Session-Id")
-        self._version_of(visit.request, session)
-        return session
-
-    def _version_of(self, request: HttpRequest, session: _Session | None) -> str:
-        """The version in use; raises HttpError 400 for one that the header names and nobody knows."""
-        named = request.headers.get("mcp-protocol-version")
+    def _enter(self, visit: _Visit) -> _Session | None:
+        """The session that the request names, None if it names none; raises HttpError 404, 400."""
+        headers, session = visit.request.headers, None
+        ident = headers.get("mcp-session-id")
+        if ident is not None:
+            session = visit.session = self._find(ident, visit)
+            if session is None:
+                text = "this session has ended or is not of this endpoint; initialize anew"
+                raise HttpError(404, text)
+        named = headers.get("mcp-protocol-version")
         if named is not None and named not in LEGACY:
             known = ", ".join((*LEGACY, MODERN))
             raise HttpError(400, f"unknown MCP-Protocol-Version {named[:40]!r}; known are {known}")
-        return session.version if session is not None else named or WITHOUT_SESSION
+        visit.version = session.version if session is not None else named or WITHOUT_SESSION
+        return session
+
+    def _needed_session(self, visit: _Visit) -> _Session:
+        session = self._enter(visit)
+        if session is None:
+            raise HttpError(400, "this needs a session: initialize one, then send Mcp-Session-Id")
+        return session
 
     def _new_session(self, visit: _Visit, version: str) -> _Session:
         # The owner's name of the session is a number: the id is a secret, and owners show up in logs.
@@ -4479,8 +4375,7 @@ class LegacyClient:
             return
         session.capabilities = _declared(params["capabilities"], session.version)
         session.info = params["clientInfo"]
-        opening = _Initialize(outlet, visit, b"", message.id, None)
-        opening.made = session
+        opening = _Initialize(outlet, visit, b"", message.id, None, made=session)
         call = session.call("server/discover", {})
         call.address = visit.request.address
         opening.begin(call)
@@ -4499,7 +4394,7 @@ class LegacyClient:
         messages = [_read(item) for item in items]
         count = sum(isinstance(message, (Request, Error)) for message in messages)
         stream = _Outlet(self, visit.session, visit.reply if count else None, count)
-        stream.batch = True
+        stream.answers = []
         for item, message in zip(items, messages, strict=True):
             if isinstance(message, Request):
                 self._request(message, stream, visit, encode(item))
@@ -4556,9 +4451,18 @@ class LegacyClient:
             asked = self._asked_by(session, message.id)
             if asked is not None:
                 asked.call.forget(asked)
-                asked.call.answered(asked.ask, self._answer_of(session, asked.ask, message))
+                wrong = message.error or self.edge.check_answer(
+                    asked.ask.method, message.result, session.version
+                )
+                outcome = Outcome(error=wrong) if wrong else Outcome(result=message.result)
+                asked.call.answered(asked.ask, outcome)
         elif message.method == "notifications/cancelled":
-            self._cancel(session, message.params)
+            ident, why = message.params.get("requestId"), message.params.get("reason")
+            # The newest: ids should not be used twice, but may be. True is no 1.
+            for call in [call for call in session.calls if _ident({"id": ident}) == call.ident][
+                -1:
+            ]:
+                call.drop(why if isinstance(why, str) else "the client cancelled it")
         elif message.method == "notifications/progress":
             # A client's progress on an ask of ours, back under the child's own token.
             asked = self._asked_by(session, message.params.get("progressToken"))
@@ -4574,25 +4478,8 @@ class LegacyClient:
 
     def _asked_by(self, session: _Session, ident: Json) -> _Asked | None:
         """The request of ours with that id. Few calls are in flight in one session."""
-        if not isinstance(ident, str):
-            return None
-        return next((call.asks[ident] for call in session.calls if ident in call.asks), None)
-
-    def _answer_of(self, session: _Session, ask: Ask, message: Response) -> Outcome:
-        """A client's response to an ask, as the child may have it."""
-        if message.error is not None:
-            return Outcome(error=message.error)
-        wrong = self.edge.check_answer(ask.method, message.result, session.version)
-        return Outcome(result=message.result) if wrong is None else Outcome(error=wrong)
-
-    def _cancel(self, session: _Session, params: dict[str, Json]) -> None:
-        ident, reason = params.get("requestId"), params.get("reason")
-        if isinstance(ident, bool) or not isinstance(ident, (int, str)):
-            return
-        # The newest: ids should not be used twice, but may be.
-        call = next((call for call in reversed(session.calls) if call.ident == ident), None)
-        if call is not None:
-            call.drop(reason if isinstance(reason, str) else "the client cancelled it")
+        found = (call.asks[ident] for call in session.calls if ident in call.asks)
+        return next(found, None) if isinstance(ident, str) else None
 
     def _listening(self, session: _Session) -> _Listening:
         if session.listening is None:
@@ -4618,29 +4505,16 @@ class LegacyClient:
         while (session := self._idle(now - self.edge.limits.session_idle)) is not None:
             self.end(session, "it was idle for limits.session_idle")
 
-    def drop(self, principal: str) -> None:
-        """End the sessions of a principal that is gone, or may do less than before."""
+    def stop(self, why: str, principal: str | None = None) -> None:
+        """End the sessions and calls of `principal`; None: everybody's."""
         for session in tuple(self.sessions.values()):
-            if session.owner.principal == principal:
-                self.end(session, "its principal changed")
-        for call in [call for call in self.lone if call.visit.principal == principal]:
-            call.stop("the principal may no longer use this")
-
-    def drain(self) -> None:
-        """End the streams that would never end by themselves; calls in flight go on."""
-        for session in self.sessions.values():
-            if session.listening is not None:
-                session.listening.close()
-            if 0 in session.streams and not session.old:
-                session.streams[0].forget()
-
-    def close(self) -> None:
-        for session in tuple(self.sessions.values()):
-            for call in tuple(session.calls):
-                call.stop("Atrax is stopping")
-            self.end(session, "Atrax is stopping")
+            if principal in (None, session.owner.principal):
+                for call in tuple(session.calls):
+                    call.stop(why)
+                self.end(session, why)
         for call in tuple(self.lone):
-            call.stop("Atrax is stopping")
+            if principal in (None, call.visit.principal):
+                call.stop(why)
 
 
 # ---- What legacy versions know ----
@@ -4675,12 +4549,23 @@ def _initialize_result(discovered: dict[str, Json], version: str) -> dict[str, J
     info = meta.get(META_SERVER) if isinstance(meta, dict) else None
     result = {
         "protocolVersion": version,
-        "capabilities": discovered.get("capabilities", {}),
+        "capabilities": _legacy_capabilities(discovered.get("capabilities", {}), version),
         "serverInfo": info if isinstance(info, dict) else {"name": "atrax", "version": VERSION},
     }
     if isinstance(discovered.get("instructions"), str):
         result["instructions"] = discovered["instructions"]
     return result
+
+
+def _legacy_capabilities(capabilities: dict[str, Json], version: str) -> dict[str, Json]:
+    """What a legacy client is shown: tasks as 2025-11-25 has them, not as the extension of 2026-07-28."""
+    shown = {key: value for key, value in capabilities.items() if key != "extensions"}
+    if version < "2025-11-25":
+        shown.pop("tasks", None)
+    extensions = capabilities.get("extensions")
+    if isinstance(extensions, dict) and extensions.keys() - {META + "tasks"}:
+        shown["extensions"] = {key: extensions[key] for key in extensions if key != META + "tasks"}
+    return shown
 
 
 def _legacy_ask(ask: Ask, ident: str, version: str) -> tuple[dict[str, Json], Json]:
@@ -4795,18 +4680,37 @@ def _is_modern(headers: Mapping[str, str], value: Json) -> bool:
     return isinstance(meta, dict) and META_VERSION in meta
 
 
-class Clients(_Edge):
+# Method, value and protocol version → what is wrong with the value. Policy has the tables; they come
+# in from section Atrax, since Policy stands further down.
+_Check: TypeAlias = Callable[[str, Json, str], "Error | None"]
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class Clients:
     """The client edge: every HTTP request to an MCP path, to the class of its era.
 
-    `key` signs session ids and states; `gone` hears of ended sessions; the checks are Policy's."""
+    What both stand on is here: door, limits, time, streams. `now` is the time of the last wake, exact
+    to 0.2 s, which is enough for all that waits."""
+
+    door: Door
+    limits: Limits
+    record: Record
+    clock: Callable[[], float]
+    key: bytes  # signs session ids and states
+    gone: Callable[[Owner], None]  # hears of ended sessions
+    later: Callable[[float, Callable[[], None]], object]
+    check_request: _Check  # for requests that are answered here
+    check_answer: _Check  # for answers to asks
+    wall: Callable[[], float] = time.time  # seconds since the epoch
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        self.now = self.clock()
+        self.seal = _Seal(self.key)
+        # Responses that have not begun → when they must.
+        self.silent: dict[_ModernCall | _Outlet, float] = {}
+        self.beats: dict[_Feed, float] = {}  # streams → when a comment is due
+        self.held: dict[_Feed, None] = {}  # streams whose reader is slow and whose notes wait
         self.modern, self.legacy = ModernClient(self), LegacyClient(self)
-
-    def adopt(self, door: Door, limits: Limits) -> None:
-        """Go on with another door and other limits (a reload); sessions and parked calls stay."""
-        self.door, self.limits = door, limits
 
     def handle(self, request: HttpRequest, reply: Reply, principal: str, endpoint: str) -> None:
         """/mcp and /servers/NAME/mcp; raises HttpError."""
@@ -4853,7 +4757,14 @@ class Clients(_Edge):
 
     def wake(self, now: float) -> None:
         """What time alone brings about: slow responses, comments, expiry. About every 0.2 s."""
-        super().wake(now)
+        self.now = now
+        for waiter in _due(self.silent, now):
+            waiter.slow()
+        for feed in _due(self.beats, now):
+            self.beats[feed] = now + _BEAT
+            feed.beat()
+        for feed in tuple(self.held):
+            feed.flush()
         self.modern.parking.wake(now)
         self.legacy.wake(now)
 
@@ -4867,18 +4778,29 @@ class Clients(_Edge):
 
     def drop(self, principal: str) -> None:
         """End all that a principal has here: it is gone, expired, or may do less than before."""
-        self.modern.drop(principal)
-        self.legacy.drop(principal)
+        self._stop("its principal is gone, or may do less than before", principal)
 
     def drain(self) -> None:
-        """End what would never end by itself: listens with their own result, sessions' own streams."""
-        self.modern.drain()
-        self.legacy.drain()
+        """End what would never end by itself: listens, sessions' own streams, calls that wait for a retry."""
+        for listen in self.modern.listens:
+            listen.stop("Atrax is stopping")
+        parking = self.modern.parking
+        for parked in tuple(parking.calls.values()):
+            if parked.stage is _Stage.PARKED:
+                parking.expire(parked, "Atrax is stopping")
+        for session in self.legacy.sessions.values():
+            if session.listening is not None:
+                session.listening.close()
+            if 0 in session.streams and not session.old:
+                session.streams[0].forget()
 
     def close(self) -> None:
         """End everything. Calls in flight are answered or cancelled, sessions are gone."""
-        self.modern.close()
-        self.legacy.close()
+        self._stop("Atrax is stopping")
+
+    def _stop(self, why: str, principal: str | None = None) -> None:
+        self.modern.stop(why, principal)
+        self.legacy.stop(why, principal)
 
 
 # ==== Catalogue ===================================================================
@@ -5035,7 +4957,6 @@ class _Stock:
     entries: dict[str, Entry] = dataclasses.field(default_factory=dict)  # by local name
     hidden: list[_Hidden] = dataclasses.field(default_factory=list)
     told: frozenset[_Hidden] = frozenset()  # what the log has already
-    raw: list[Json] = dataclasses.field(default_factory=list)  # as read; a reload applies new rules
     read: bool = False  # it was read once, or the server does not declare it
     declared: bool = False
     silent: bool = False  # the server announces no changes of this list
@@ -5229,11 +5150,10 @@ class _Reading(_OwnCall):
 class _Question:
     """The Lease of somebody who waits for servers; `find` gives what `then` is to be told.
 
-    `find` is asked of the Catalogue of the moment, since a reload hands who waits over, and told
-    whether it is too late to wait: then it must find something, an error at least. Any: an Entry,
-    an Error or an Outcome, the same in both."""
+    `find` is told whether it is too late to wait: then it must find something, an error at least.
+    Any: an Entry, an Error or an Outcome, the same in both."""
 
-    find: Callable[[Catalogue, bool], Any]
+    find: Callable[[bool], Any]
     then: Callable[[Any], None]
     deadline: float
     over: bool = False
@@ -5350,9 +5270,7 @@ class Catalogue:
             return _SETTLED
         unread = self._unread(kind, endpoint, name)
         limit = max((stock.source.config.start_timeout for stock in unread), default=0.0)
-        return self._seek(
-            lambda now, late: now._find(kind, endpoint, name, owner, late), then, limit
-        )
+        return self._seek(lambda late: self._find(kind, endpoint, name, owner, late), then, limit)
 
     def _find(
         self, kind: Kind, endpoint: str, name: str, owner: Owner | None, late: bool
@@ -5455,7 +5373,7 @@ class Catalogue:
         On /mcp servers in their first start are waited for, 2 s at most, then what is there is
         answered; a server's own endpoint waits as long as its start may take, then answers 1010."""
         limit = self._patience(call.endpoint)
-        return self._seek(lambda now, late: now._listed(call, late), then, limit)
+        return self._seek(lambda late: self._listed(call, late), then, limit)
 
     def _listed(self, call: Call, late: bool) -> Outcome | None:
         kind, endpoint = _KIND_OF[call.method], call.endpoint
@@ -5486,7 +5404,7 @@ class Catalogue:
     def discover(self, call: Call, then: Callable[[Outcome], None]) -> Lease:
         """server/discover, and so initialize: on /mcp at once, else when the server has started."""
         limit = self._patience(call.endpoint)
-        return self._seek(lambda now, late: now._discovered(call.endpoint, late), then, limit)
+        return self._seek(lambda late: self._discovered(call.endpoint, late), then, limit)
 
     def _discovered(self, endpoint: str, late: bool) -> Outcome | None:
         if endpoint == _MCP:
@@ -5503,8 +5421,12 @@ class Catalogue:
         return None
 
     def _offer_of_all(self) -> Offer:
-        capabilities = {"tools": {}, "prompts": {}, "resources": {"subscribe": True}}
-        capabilities |= {"logging": {}, "completions": {}}
+        capabilities: dict[str, Json] = {"logging": {}, "completions": {}}
+        capabilities |= {"tools": {}, "prompts": {}, "resources": {"subscribe": True}}
+        for name in ("extensions", "tasks"):  # what only some may have: the union, first come
+            said = [one.offer.capabilities.get(name) for one in self._sources.values() if one.offer]
+            if some := [one for one in said if isinstance(one, dict)]:
+                capabilities[name] = dict(itertools.chain(*(one.items() for one in some[::-1])))
         info = {"name": "atrax", "version": VERSION}
         instructions = "\n\n".join(
             f"## {name}\n{source.offer.instructions}"
@@ -5518,7 +5440,7 @@ class Catalogue:
         source = self._sources.get(server)
         return source.offer if source is not None else None
 
-    # ---- time, status, reload ----
+    # ---- time, status ----
 
     def wake(self, now: float) -> None:
         """Readings that are due, waits that are over."""
@@ -5562,37 +5484,6 @@ class Catalogue:
             }
             for name, source in self._sources.items()
         }
-
-    def inherit(self, old: Catalogue) -> None:
-        """Take over from `old`, at a reload: what it had read, who waits, who watches.
-
-        The new rules apply to the old definitions, so nothing is empty in between. Nobody watches
-        until all is taken over: half of it would look like a change."""
-        for name, source in self._sources.items():
-            before = old._sources.get(name)
-            if before is not None and _program(before.config) == _program(source.config):
-                source.down, source.offer = before.down, before.offer
-                for stock in before.stocks.values():
-                    self._inherit(source, stock)
-        for source in old._sources.values():
-            for stock in source.stocks.values():
-                stock.stop()
-        self.watch, self._links, self._linked = old.watch, old._links, old._linked
-        for endpoint, listings in self._listings.items():
-            for kind, listing in listings.items():
-                earlier = old._listings.get(endpoint)
-                if earlier is not None and earlier[kind].entries != listing.entries:
-                    self._tell(kind, endpoint)
-        self._waits, old._waits = old._waits, []
-        self._moved()
-
-    def _inherit(self, source: _Source, before: _Stock) -> None:
-        busy = before.reading is not None or before.due is not None
-        due = self._clock() if busy else None
-        stock = dataclasses.replace(before, source=source, reading=None, due=due)
-        source.stocks[before.kind] = stock
-        if stock.read:
-            list(self._sort(stock, stock.raw))
 
     # ---- reading ----
 
@@ -5642,7 +5533,7 @@ class Catalogue:
             else:
                 hidden.append(one)
             yield
-        stock.read, stock.raw, stock.entries, stock.hidden = True, raw, entries, hidden
+        stock.read, stock.entries, stock.hidden = True, entries, hidden
         self._show(stock)
 
     def _judge(
@@ -5736,7 +5627,7 @@ class Catalogue:
     # ---- waiting ----
 
     def _seek(
-        self, find: Callable[[Catalogue, bool], Any], then: Callable[[Any], None], limit: float
+        self, find: Callable[[bool], Any], then: Callable[[Any], None], limit: float
     ) -> Lease:
         """Tell `then` what `find` gives, now or when something has moved, at last after `limit`."""
         question = _Question(find, then, self._clock() + limit)
@@ -5750,7 +5641,7 @@ class Catalogue:
             self._settle(question, late=False)
 
     def _settle(self, question: _Question, late: bool) -> None:
-        found = None if question.over else question.find(self, late)
+        found = None if question.over else question.find(late)
         if found is not None:
             question.over = True  # first: what `then` leads to may come back here
             question.then(found)
@@ -5769,11 +5660,6 @@ class Catalogue:
         text = f'the server "{source.name}" is not available: its lists could not be read yet'
         state = "backoff" if source.down else "ready" if source.offer else "starting"
         return own_error(UNAVAILABLE, text, "unavailable", source.name, state=state, retryAfter=1)
-
-
-def _program(config: ServerConfig) -> tuple[object, ...]:
-    """What is started, and how: who is the same in this has the same lists."""
-    return config.command, config.args, config.env, config.cwd
 
 
 def _ruled_out(rules: ToolRules, own: str) -> str:
@@ -5807,8 +5693,9 @@ def _discovery(offer: Offer, ttl_ms: int) -> Outcome:
     result: dict[str, Json] = {
         "supportedVersions": [MODERN],
         "capabilities": capabilities,
-        "_meta": {META_SERVER: offer.info},
     }
+    if offer.info:  # a modern server need not name itself, but an empty name is malformed
+        result["_meta"] = {META_SERVER: offer.info}
     if offer.instructions:
         result["instructions"] = offer.instructions
     return Outcome(result=result, ttl_ms=ttl_ms)
@@ -5832,12 +5719,14 @@ _LIST_FLAGS: Final = {
 }
 _ACKNOWLEDGED: Final = "notifications/subscriptions/acknowledged"
 _UPDATED: Final = "notifications/resources/updated"
+_TASK_STATE: Final = "notifications/tasks"
 _ACK_WAIT: Final = 5.0  # seconds; what no server has accepted by then is not honoured
 _OPEN_WAIT: Final = 30.0  # seconds for a server to acknowledge a listen
 _REOPEN: Final = (0.2, 30.0)  # first and longest pause before a lost stream is opened again
 _STEADY: Final = 10.0  # seconds after which a stream counts as good, and the pauses begin anew
-_MOST_URIS: Final = 1_000  # in one listen
+_MOST_URIS: Final = 1_000  # in one listen; and as many tasks
 _MOST_URIS_IN_ALL: Final = 100_000
+_MOST_SENT: Final = 1_000  # elicitations by URL whose end may still be told
 
 
 class _Listen:
@@ -5853,6 +5742,7 @@ class _Listen:
         self.lookups: dict[str, Lease] = {}  # URI → the search for its server
         self.upstreams: dict[str, _Upstream] = {}  # URI → where it is wanted
         self.accepted: set[str] = set()
+        self.tasks: dict[tuple[str, str], _TaskStream] = {}  # server, place
         self.early: dict[tuple[str, str], Notice] = {}  # what happened before the acknowledgement
         self.acknowledged = False
         self.over = False
@@ -5873,6 +5763,7 @@ class _Listen:
     def settle(self) -> None:
         """Acknowledge, once nothing is open."""
         waiting = self.lookups or len(self.accepted) < len(self.upstreams)
+        waiting = waiting or any(stream.accepted is None for stream in self.tasks.values())
         if waiting or self.acknowledged or self.over:
             return
         self.acknowledged = True
@@ -5880,6 +5771,8 @@ class _Listen:
         uris = [uri for uri in self.asked if uri in self.accepted]
         if uris:
             honoured["resourceSubscriptions"] = uris
+        if tasks := [task for stream in self.tasks.values() for task in stream.accepted or ()]:
+            honoured["taskIds"] = tasks
         self.sink.note(Notice(_ACKNOWLEDGED, {"notifications": honoured}))
         for notice in self.early.values():
             self.tell(notice)
@@ -5891,7 +5784,9 @@ class _Listen:
             self.sink.note(notice)
         else:
             # Keyed: two changes of one thing before the acknowledgement are one.
-            self.early[notice.method, notice.params.get("uri", "")] = notice
+            params = notice.params
+            about = params.get("uri") or params.get("taskId") or params.get("elicitationId", "")
+            self.early[notice.method, about] = notice
 
 
 class _Stream(_OwnCall):
@@ -5927,10 +5822,7 @@ class _Stream(_OwnCall):
         if self.over:
             return
         if notice.method == _ACKNOWLEDGED:
-            honoured = notice.params.get("notifications")
-            uris = honoured.get("resourceSubscriptions") if isinstance(honoured, dict) else None
-            named = uris if isinstance(uris, list) else []
-            self.accepted = self.uris.intersection(uri for uri in named if isinstance(uri, str))
+            self.accepted = self.uris.intersection(_honoured(notice, "resourceSubscriptions"))
             self.upstream.acknowledged(self)
         elif notice.method == _UPDATED and self is self.upstream.current:
             self.upstream.updated(notice)
@@ -5939,6 +5831,51 @@ class _Stream(_OwnCall):
         if not self.over:
             self.over = True
             self.upstream.ended(self, outcome.error)
+
+
+class _TaskStream(_OwnCall):
+    """What one process tells of tasks that one client listens for.
+
+    Neither shared nor opened again, unlike that of resources: a task ends with its process."""
+
+    def __init__(self, listen: _Listen, tasks: list[str]) -> None:
+        super().__init__()
+        self.listen, self.tasks = listen, tasks
+        self.accepted: list[str] | None = None  # None until acknowledged
+
+    def open(self, server: str, owner: Owner | None, place: str) -> None:
+        self._lease = self.listen.door.pool.lease(server, owner, place, self._ready)
+
+    def _ready(self, link: Link | Error) -> None:
+        if isinstance(link, Error):
+            self.done(Outcome(error=link))
+        elif not self.over:
+            params: dict[str, Json] = {"notifications": {"taskIds": self.tasks}}
+            self.send(link, dataclasses.replace(self.listen.call, params=params))
+
+    def note(self, notice: Notice) -> None:
+        if self.over:
+            return
+        if notice.method == _ACKNOWLEDGED:
+            self._settle(_honoured(notice, "taskIds"))
+        elif notice.method == _TASK_STATE and notice.params.get("taskId") in self.tasks:
+            self.listen.tell(notice)
+
+    def done(self, outcome: Outcome) -> None:
+        if not self.over:
+            self.over = True
+            self._settle([])
+
+    def give_up(self) -> None:
+        """Wait no longer for an acknowledgement."""
+        if self.accepted is None:
+            self.cancel()
+            self.accepted = []
+
+    def _settle(self, accepted: list[str]) -> None:
+        if self.accepted is None:
+            self.accepted = [task for task in self.tasks if task in accepted]
+            self.listen.settle()
 
 
 class _Upstream:
@@ -6069,6 +6006,19 @@ class _Upstream:
         self.door.record.emit("subscription.lost", server=self.server, message=text)
 
 
+def _honoured(acknowledgement: Notice, member: str) -> list[str]:
+    """What a server's acknowledgement names as `member` of the filter."""
+    return _named(acknowledgement.params.get("notifications"), member)
+
+
+def _named(filter_: Json, member: str) -> list[str]:
+    """The strings in a list of a filter, each once; whatever else is there comes from nobody who
+    would need an error."""
+    names = filter_.get(member) if isinstance(filter_, dict) else None
+    found = names if isinstance(names, list) else ()
+    return list(dict.fromkeys(name for name in found if isinstance(name, str)))
+
+
 def _parents(uri: str) -> Iterator[str]:
     """What `uri` may lie in: all that stands before one of its slashes, with and without it."""
     for slash in re.finditer("/", uri[:_LONGEST_URI]):
@@ -6086,13 +6036,16 @@ class Subscriptions:
         pool: Pool,
         record: Record,
         clock: Callable[[], float],
+        home: Callable[[Call, Json], tuple[str, str] | None],
     ) -> None:
         self._config, self._catalogue = config, catalogue
+        self._home = home  # server and place of a task, as the maker of a call may see it
         self.pool, self.record, self.now = pool, record, clock
         self._listens: dict[_Listen, None] = {}
         self._unsettled: deque[_Listen] = deque()  # oldest first, each for 5 s
         self._upstreams: dict[tuple[str, Owner | None], _Upstream] = {}
         self._uris = 0  # over all listens
+        self._sent: OrderedDict[tuple[str, str], Owner] = OrderedDict()  # server, elicitationId
         self._closed = False
         catalogue.watch.append(self.listed)
 
@@ -6114,7 +6067,6 @@ class Subscriptions:
         return listen
 
     def _read_filter(self, listen: _Listen) -> None:
-        # Policy has checked it: what has another type comes from nobody who would need an error.
         call = listen.call
         wanted = call.params.get("notifications")
         wanted = wanted if isinstance(wanted, dict) else {}
@@ -6124,9 +6076,12 @@ class Subscriptions:
             there = offer is None or offer.capabilities.get(kind.value) not in (None, False)
             if there and wanted.get(flag) is True:
                 listen.kinds[kind] = flag
-        uris = wanted.get("resourceSubscriptions")
-        asked = [uri for uri in uris if isinstance(uri, str)] if isinstance(uris, list) else []
-        listen.asked = list(dict.fromkeys(asked))
+        listen.asked = _named(wanted, "resourceSubscriptions")
+        homes: dict[tuple[str, str], list[str]] = {}
+        for task in _named(wanted, "taskIds")[:_MOST_URIS]:
+            if (home := self._home(call, task)) is not None:
+                homes.setdefault(home, []).append(task)
+        listen.tasks = {home: _TaskStream(listen, tasks) for home, tasks in homes.items()}
 
     def _full(self, uris: list[str]) -> Error | None:
         # Listens themselves are bounded: each holds a connection or a session.
@@ -6162,6 +6117,8 @@ class Subscriptions:
                 listen.lookups[uri] = lease
         gathering = False
         self._adjust(listen.upstreams.values())
+        for (server, place), stream in listen.tasks.items():
+            stream.open(server, self._whose(listen, server), place)
         listen.settle()
 
     def _adjust(self, upstreams: Iterable[_Upstream]) -> None:
@@ -6174,12 +6131,16 @@ class Subscriptions:
         resources = offer.capabilities.get("resources") if offer is not None else None
         if not isinstance(resources, dict) or resources.get("subscribe") is not True:
             return None
-        owner, isolation = listen.call.owner, self._config.servers[server].isolation
-        whose = {"shared": None, "principal": Owner(owner.principal)}.get(isolation, owner)
+        whose = self._whose(listen, server)
         key = (server, whose)
         if key not in self._upstreams:
             self._upstreams[key] = _Upstream(self, server, whose)
         return self._upstreams[key]
+
+    def _whose(self, listen: _Listen, server: str) -> Owner | None:
+        """Whose child of `server` the listen is for; None for the shared one."""
+        owner, isolation = listen.call.owner, self._config.servers[server].isolation
+        return {"shared": None, "principal": Owner(owner.principal)}.get(isolation, owner)
 
     # ---- what happens ----
 
@@ -6202,11 +6163,32 @@ class Subscriptions:
     def down(self, server: str) -> None:
         """Nothing to do: the streams of dead processes have ended by themselves."""
 
-    def told(self, server: str, place: str, notice: Notice) -> None:
-        """What a child said outside any call: states of tasks, completed elicitations.
+    def sent(self, owner: Owner, server: str, elicitations: Json) -> None:
+        """Remember which session a server has sent to a URL: that one alone hears of the end."""
+        for one in elicitations if isinstance(elicitations, list) and owner.session else ():
+            ident = one.get("elicitationId") if isinstance(one, dict) else None
+            if isinstance(ident, str):
+                self._sent[server, ident] = owner
+        while len(self._sent) > _MOST_SENT:
+            self._sent.popitem(last=False)
 
-        No filter asks for these (`taskIds` is not honoured), so they are counted and go nowhere."""
+    def told(self, server: str, place: str, notice: Notice) -> None:
+        """What a child said outside any call, to the sessions that it is for: they have no filter for it.
+
+        The state of a task goes to whom it was made for (2025-11-25, basic/utilities/tasks), the end of
+        an elicitation by URL to who was sent there (client/elicitation); all else nowhere."""
         self.record.count("untold", server=server)
+        if notice.method == "notifications/elicitation/complete":
+            owner = self._sent.get((server, str(notice.params.get("elicitationId"))))
+            for listen in [one for one in self._listens if one.call.owner == owner]:
+                listen.tell(notice)
+        if notice.method != "notifications/tasks/status":
+            return
+        for listen in list(self._listens):
+            call = listen.call
+            task = notice.params.get("taskId")
+            if call.owner.session and self._home(call, task) == (server, place):
+                listen.tell(notice)
 
     def wake(self, now: float) -> None:
         """Acknowledgements that have waited long enough, streams that are due or late."""
@@ -6214,6 +6196,8 @@ class Subscriptions:
             listen = self._unsettled.popleft()
             if not listen.acknowledged:
                 self._give_up(listen, set(listen.upstreams) - listen.accepted)
+                for stream in listen.tasks.values():
+                    stream.give_up()
                 listen.settle()
         for upstream in list(self._upstreams.values()):
             upstream.wake(now)
@@ -6225,21 +6209,6 @@ class Subscriptions:
         for listen in list(self._listens):
             listen.end(Outcome(result={}))
 
-    def renew(self, config: Config, catalogue: Catalogue) -> None:
-        """After a reload: go on with the new ones. Listens at a server that is gone end gracefully.
-
-        `catalogue` has inherited from the old one, and with it who watches."""
-        self._config, self._catalogue = config, catalogue
-        there = {name for name, server in config.servers.items() if not server.disabled}
-        for listen in list(self._listens):
-            if listen.call.endpoint not in {"", *there}:
-                listen.end(Outcome(result={}))
-        for upstream in list(self._upstreams.values()):
-            if upstream.server not in there:
-                for uri in list(upstream.wanted):
-                    upstream.refuse(uri)
-                upstream.adjust()
-
     # ---- for its parts ----
 
     def forget(self, listen: _Listen) -> None:
@@ -6247,6 +6216,8 @@ class Subscriptions:
         del self._listens[listen]
         self._uris -= len(listen.asked)
         self._give_up(listen, set(listen.upstreams))
+        for stream in listen.tasks.values():
+            stream.cancel()
 
     def _give_up(self, listen: _Listen, uris: Iterable[str]) -> None:
         """No longer search for anything for `listen`, nor want `uris`."""
@@ -7195,10 +7166,11 @@ _FLAG: Final = {"type": "boolean"}
 _OBJECT: Final = {"type": "object"}
 _TEXT_LIST: Final = {"type": "array", "items": _TEXT}
 _TEXT_MAP: Final = {"type": "object", "additionalProperties": _TEXT}
+_OBJECT_MAP: Final = {"type": "object", "additionalProperties": _OBJECT}
 _INITIALIZE: Final = {
     "protocolVersion": _TEXT,
     "capabilities": _record(
-        experimental_={"type": "object", "additionalProperties": _OBJECT},
+        experimental_=_OBJECT_MAP,
         roots_=_record(listChanged_=_FLAG),
         sampling_=_record(context_=_OBJECT, tools_=_OBJECT),
         elicitation_=_record(form_=_OBJECT, url_=_OBJECT),
@@ -7225,7 +7197,7 @@ _COMPLETE: Final = {
 }
 _CALL: Final = {"name": _TEXT, "arguments_": _OBJECT}
 _PROMPT: Final = {"name": _TEXT, "arguments_": _TEXT_MAP}
-_RETRY: Final = {"inputResponses_": _OBJECT, "requestState_": _TEXT}
+_RETRY: Final = {"inputResponses_": _OBJECT_MAP, "requestState_": _TEXT}
 _PAGED: Final = _all(
     "tools/list prompts/list resources/list resources/templates/list", {"cursor_": _TEXT}
 )
@@ -7248,7 +7220,7 @@ _TASK_REQUESTS: Final = {
 _MODERN_REQUESTS: Final[Mapping[str, Mapping[str, Json]]] = {
     **_PAGED,
     **_all("tasks/get tasks/cancel", {"taskId": _TEXT}),
-    "tasks/update": {"taskId": _TEXT, "inputResponses_": _OBJECT},
+    "tasks/update": {"taskId": _TEXT, "inputResponses_": _OBJECT_MAP},
     "server/discover": {},
     "subscriptions/listen": {"notifications": _FILTER},
     "tools/call": _CALL | _RETRY,
@@ -7448,6 +7420,270 @@ class Policy:
         return Outcome(result={"content": [{"type": "text", "text": text}], "isError": True})
 
 
+# ---- Paths ----
+# Which values of a call name a path, and whether it stays in `paths.dirs`. One value has several
+# readings: servers decode it, trim it, take a backslash for a slash, cut a URI at "#". Each reading
+# has to stay inside; nobody has to guess which one the server takes. What lies behind a directory
+# that the config names is read anew, that name itself is not: "/srv/50%25" can be named as it is.
+# This is a door. Who can change links between this look and the server's is stopped by `sandbox`.
+
+_NAMES_PATH: Final = re.compile(  # alone, or the last word of a name in snake_case or camelCase
+    r"(?:\A|[\W_]|(?<=[a-z\d])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z]))"
+    r"(?i:paths?|file|filename|dir|directory|folder|root|uri)\Z"
+)
+_LONGEST_NAME: Final = 16  # characters at a name's end that decide; the longest word has nine
+# What trimming and URL parsers (WHATWG URL, 4.4) drop must not hide a path or a scheme.
+_BLANKS: Final = (*range(33), *range(0x7F, 0xA1), 0x1680, *range(0x2000, 0x200C), 0x2028, 0x2029)
+_BLANK: Final = "".join(map(chr, (*_BLANKS, 0x202F, 0x205F, 0x3000, 0xFEFF))) + "\"'"
+_MAYBE_FILE: Final = re.compile(
+    rf"[{re.escape(_BLANK)}]*f[\t\n\r]*i[\t\n\r]*l[\t\n\r]*e[\t\n\r]*(?::|%(?:25)*3a)",
+    re.IGNORECASE,
+)
+_FILE_URI: Final = re.compile(r"file:(//[^/]*+)?+(?=/)", re.IGNORECASE)
+# "File: main.py" begins a text; a URI has no space there, but lax parsers would climb from it.
+_PROSE: Final = re.compile(r"file: (?:[^/\\%]*\Z|.{12288})", re.IGNORECASE | re.DOTALL)
+_SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z\d+.-]+:")  # one letter is a drive, which is a path
+# Without these, whichever way they are written, a URI of another scheme cannot be read as a path.
+_CLIMBS: Final = re.compile(r"\.\.|[\0．‥]|%(?:25)*(?:00|2e|c0)", re.IGNORECASE)
+# Links that lead each process somewhere else: what they are to Atrax says nothing about the child.
+_MAGIC: Final = re.compile(r"/(?:proc/(?:self|thread-self|\d+)|dev/(?:fd|std\w+))(?:/|\Z)")
+# The last two are over-long UTF-8, which lax decoders take for "." and "/" (RFC 3629, section 10).
+_ALIKE: Final = (
+    *(("\\", "/"), ("／", "/"), ("＼", "/"), ("∕", "/"), ("⁄", "/"), ("．", "."), ("‥", "..")),
+    *(("\udcc0\udcae", "."), ("\udcc0\udcaf", "/")),
+)
+_LONGEST: Final = 4096  # bytes of a path: PATH_MAX of Linux, past it a look says nothing
+_MOST_VALUES: Final = 20_000  # values and properties that are looked at: some 40 ms
+_MOST_STEPS: Final = 6_000  # parts of paths that are resolved in a call: some 40 ms, 500 paths
+
+
+class _TooMuch(Exception):
+    """The call names more than can be checked without holding the loop."""
+
+
+def _tidy(text: str) -> str:
+    return re.sub(r"[\t\n\r]", "", text).strip(_BLANK)
+
+
+def _climbs(text: str) -> bool:
+    # The five searches cost 1 ms for a megabyte, the expression alone 20.
+    return any(mark in text for mark in ("..", "%", "\0", "．", "‥")) and bool(_CLIMBS.search(text))
+
+
+def _unquoted(text: str) -> str:
+    return urllib.parse.unquote(text, errors="surrogateescape")
+
+
+def _alike(text: str) -> str:
+    for written, meant in _ALIKE:
+        text = text.replace(written, meant)
+    return text
+
+
+def _before_query(text: str) -> str:
+    return re.split(r"[?#]", text, maxsplit=1)[0]
+
+
+# Ways to read a path otherwise than it is written; each on top of those before it.
+_READINGS: Final = (_unquoted, _unquoted, _alike, _tidy, _before_query)
+
+
+def _uri_path(uri: str) -> str | None:
+    """The path of a `file:` URI, decoded once; None if it has none, or a host (RFC 8089)."""
+    uri = uri.replace("\\", "/")
+    match = _FILE_URI.match(uri)
+    if match is None or (match[1] or "//").lower() not in ("//", "//localhost"):
+        return None
+    return _unquoted(uri[match.end() :])
+
+
+class _Bounds:
+    """The directories that one server's paths may lie in, as they are at this moment."""
+
+    def __init__(self, config: ServerConfig, dirs: list[str]) -> None:
+        self._cwd, self._dirs = config.cwd or os.getcwd(), dirs
+        self._roots = [os.path.realpath(one).rstrip("/") for one in dirs]
+        self._steps = _MOST_STEPS
+
+    def breach(self, text: str) -> str:
+        """What is wrong with `text` as a path or URI, "" if nothing is."""
+        scheme = _SCHEME.match(text)
+        if scheme and scheme[0].lower() != "file:" and not _climbs(text):
+            return ""  # at once: a data: URI can be long
+        if len(text) > 3 * _LONGEST:  # each byte may be written as %XX
+            return "is longer than a path can be"
+        self._spend(1 + len(text) // 16)
+        tidy = _tidy(text)
+        if tidy.lower().startswith("file:"):
+            path = _uri_path(tidy)
+            if path is None:
+                return "is no file: URI of an absolute path on this machine"
+            if wrong := self._strays(_uri_path(_before_query(tidy)) or ""):
+                return wrong
+            text = path
+        base = next((one for one in self._dirs if _lies_in(text, one.rstrip("/"))), "")
+        readings = {text[len(base) :]}
+        for step in _READINGS:
+            readings |= set(map(step, readings))
+        found = (self._strays(base + reading if base else reading) for reading in sorted(readings))
+        return next(filter(None, found), "")
+
+    def _spend(self, steps: int) -> None:
+        self._steps -= steps
+        if self._steps < 0:
+            raise _TooMuch
+
+    def _strays(self, reading: str) -> str:
+        if "\0" in reading:
+            return "holds a NUL"
+        if reading.startswith("~"):
+            return 'begins with "~", which servers expand'
+        if reading.lower().startswith("file:"):
+            reading = _uri_path(reading) or "/"
+        scheme = _SCHEME.match(reading)
+        if scheme and os.path.normpath(reading).startswith(scheme[0]):
+            return ""  # another scheme, and no ".." that makes a path of it
+        path = re.sub("/+", "/", os.path.join(self._cwd, reading))
+        if len(path.encode(errors="surrogateescape")) > _LONGEST:
+            return "is longer than a path can be"
+        # Some resolve ".." behind a link as text, some as the kernel does: where it differs, both.
+        if all(map(self._holds, {path, os.path.normpath(path)})):
+            return ""
+        return "lies outside the allowed directories"
+
+    def _holds(self, path: str) -> bool:
+        if "" in self._roots:
+            return True  # "/" itself is allowed
+        self._spend(path.count("/"))
+        if _MAGIC.match(path):
+            return False
+        try:
+            real = os.path.realpath(path)
+        except ValueError:
+            return False  # no name in the encoding of this machine's file system
+        return any(_lies_in(real, root) for root in self._roots)
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder + "/")
+
+
+def _path_values(value: Json, where: str, globs: list[str]) -> Iterator[tuple[str, str]]:
+    """Every text in `value` that names a path, after where it stands. Raises _TooMuch."""
+    # Where it stands, its property path, whether that names a path, and the value itself.
+    work: list[tuple[str, str, bool, Json]] = [(where, "", False, value)]
+    left = _MOST_VALUES
+    while work:
+        where, path, named, value = work.pop()
+        if isinstance(value, str):
+            if named or (_MAYBE_FILE.match(value) and not _PROSE.match(_tidy(value))):
+                yield where, value
+        elif isinstance(value, list):
+            left -= len(value) // 16  # numbers are passed over quickly
+            texts = enumerate(value if left > 0 else ())
+            inner = [(at, item) for at, item in texts if isinstance(item, (str, list, dict))]
+            left -= len(inner)
+            if left < 0:
+                raise _TooMuch
+            work += [(f"{where}[{at}]"[-300:], path, named, item) for at, item in reversed(inner)]
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                below = f"{path}.{name}" if path else name
+                left -= 1 + (len(below) // 8 if globs else 0)
+                if left < 0:
+                    raise _TooMuch
+                listed = any(fnmatch.fnmatchcase(below, glob) for glob in globs)
+                named = listed or _NAMES_PATH.search(name[-_LONGEST_NAME:]) is not None
+                work.append(
+                    (f"{where}.{name:.60}"[-300:].lstrip("."), below if globs else "", named, item)
+                )
+
+
+def _path_subject(method: str, params: dict[str, Json]) -> tuple[str, Json]:
+    """What of `params` can name a path, after its name."""
+    if method in ("tools/call", "prompts/get"):
+        return "arguments", params.get("arguments")
+    if method == "resources/read":
+        return "", {"uri": params.get("uri")}
+    if method != "completion/complete":
+        return "", {name: value for name, value in params.items() if name != "_meta"}
+    argument, context, uri = params["argument"], params.get("context"), params["ref"].get("uri")
+    given: dict[str, Json] = {**((context or {}).get("arguments") or {})}
+    if argument["value"]:  # nothing typed yet names nothing
+        given[argument["name"]] = argument["value"]
+    # A template ("file:///{path}") is the server's own text, and names no file. No variable of one
+    # has a space in its name.
+    return "", given if uri is None or "{" in uri else {**given, "ref uri": uri}
+
+
+def path_error(
+    record: Record, server: str, config: ServerConfig, method: str, params: dict[str, Json]
+) -> Error | Outcome | None:
+    """What is wrong with the paths of a call to `server`: for a tool a result that a model can correct."""
+    if config.paths is None:
+        return None
+    dirs = config.paths.dirs
+    bounds, (where, subject) = _Bounds(config, dirs), _path_subject(method, params)
+    named = _path_values(subject, where, config.paths.arguments)
+    try:
+        found = (
+            f"{at}: {_shown(text)} {why}" for at, text in named if (why := bounds.breach(text))
+        )
+        wrong = next(found, "")
+    except _TooMuch:
+        wrong = "the arguments name too many paths, or are too large, to be checked"
+    if not wrong:
+        return None
+    record.emit(
+        "paths.refused", "warning", server=server, method=method, message=f"{method}: {wrong}"
+    )
+    allowed = ", ".join(json.dumps(one, ensure_ascii=False) for one in dirs)
+    advice = f"{wrong}. Allowed is what lies in {allowed}"
+    if method != "tools/call":
+        return Error(INVALID_PARAMS, advice)
+    text = f"{advice}. Name an absolute path there and call again."
+    return Outcome(result={"content": [{"type": "text", "text": text}], "isError": True})
+
+
+def _within_paths(config: ServerConfig, uris: list[Json]) -> list[bool]:
+    """For each of `uris`, whether it may reach the server."""
+    bounds = _Bounds(config, config.paths.dirs if config.paths else ["/"])
+    try:
+        return [isinstance(uri, str) and not bounds.breach(uri) for uri in uris]
+    except _TooMuch:
+        return [False] * len(uris)
+
+
+def cut_roots(config: ServerConfig, answer: Json) -> Json:
+    """A client's `answer` to an ask without the roots that lie outside of `paths`; others stay whole.
+
+    Servers make a client's roots their allowed directories, some of them what is no `file:` URI too
+    (PROTOCOL, Roots widen)."""
+    roots = answer.get("roots") if isinstance(answer, dict) else None
+    if config.paths is None or not isinstance(roots, list):
+        return answer
+    uris = [root.get("uri") if isinstance(root, dict) else None for root in roots]
+    files = [
+        uri if isinstance(uri, str) and uri.lower().startswith("file:") else None for uri in uris
+    ]
+    return {**answer, "roots": list(itertools.compress(roots, _within_paths(config, files)))}
+
+
+def cut_params(config: ServerConfig, params: dict[str, Json]) -> dict[str, Json]:
+    """`params` of a call without what `paths` forbids in answers and in a listen."""
+    if config.paths is None:
+        return params
+    answers, wanted = params.get("inputResponses"), params.get("notifications")
+    if isinstance(answers, dict):
+        kept = {key: cut_roots(config, answer) for key, answer in answers.items()}
+        params = {**params, "inputResponses": kept}
+    uris = wanted.get("resourceSubscriptions") if isinstance(wanted, dict) else None
+    if isinstance(wanted, dict) and isinstance(uris, list):
+        passing = list(itertools.compress(uris, _within_paths(config, uris)))
+        params = {**params, "notifications": {**wanted, "resourceSubscriptions": passing}}
+    return params
+
+
 # ==== Gateway =====================================================================
 # One call's way: checked, looked up, allowed, leased, sent, and repeated where that is safe.
 # Knows methods and who serves them. Must not know eras of clients or children, or pipes.
@@ -7577,6 +7813,7 @@ class Forward:
     def ask(self, ask: Ask) -> None:
         if not self.over:
             self.touched = True
+            self.gateway.subscriptions.sent(self.call.owner, self.server, [ask.params])
             self.sink.ask(ask)
 
     def done(self, outcome: Outcome) -> None:
@@ -7639,7 +7876,8 @@ class Gateway:
     2. rate and calls in flight of the principal;
     3. the method exists, and on a server's own endpoint the server has declared it;
     4. the name or URI exists (unknown ones wait for servers that were never read);
-    5. mirrored headers, then arguments, against the tool's schema.
+    5. mirrored headers, then arguments, against the tool's schema;
+    6. paths that the call names, against the server's `paths` (they cost a look at the disk).
     Which process takes it, and whether the child answers, are not rungs: those are `go` and later."""
 
     def __init__(
@@ -7651,6 +7889,7 @@ class Gateway:
         policy: Policy,
         pool: Pool,
         clock: Callable[[], float],
+        tasks: Tasks,
     ) -> None:
         self.config, self.record, self.policy, self.pool = config, record, policy, pool
         self.catalogue, self.subscriptions, self.clock = catalogue, subscriptions, clock
@@ -7659,7 +7898,7 @@ class Gateway:
         self._rates: dict[
             str, tuple[float, float]
         ] = {}  # principal → (calls left, when that was so)
-        self._tasks = Tasks()
+        self._tasks = tasks
         self._ways: dict[str, Callable[[Forward], None]] = {
             **dict.fromkeys(TASK_METHODS, self._task),
             "tasks/list": self._list_tasks,
@@ -7675,6 +7914,8 @@ class Gateway:
         if error is not None:
             return _refuse(sink, error)
         if call.method == "subscriptions/listen":
+            if call.params["notifications"].get("taskIds") and (error := _undeclared_tasks(call)):
+                return _refuse(sink, error)
             return self.subscriptions.open(call, sink)
         if call.method == "server/discover" or call.method in PAGED:
             return self._own(call, sink)
@@ -7697,6 +7938,13 @@ class Gateway:
         if outcome.result is not None:
             self._tasks.note(forward.server, outcome.place, principal, outcome.result)
             self.catalogue.remember(forward.call.owner, forward.server, outcome.result)
+        if (
+            error is not None
+            and error.code == LEGACY_URL_ELICITATION
+            and isinstance(error.data, dict)
+        ):
+            asked = error.data.get("elicitations")
+            self.subscriptions.sent(forward.call.owner, forward.server, asked)
         kind = "ok" if error is None else str(error.code)
         # The key is built here and not by count(): sorting keyword arguments costs 0.6 us a call.
         key: CounterKey = ("calls", ("outcome", kind), ("server", forward.server))
@@ -7754,6 +8002,12 @@ class Gateway:
         self._rates[principal] = (left - 1, now)
         return 0
 
+    def _astray(self, server: str, call: Call) -> Outcome | None:
+        """The answer to a call that names a path outside of the server's `paths`; None if none does."""
+        config = self.config.servers[server]
+        wrong = path_error(self.record, server, config, call.method, call.params)
+        return Outcome(error=wrong) if isinstance(wrong, Error) else wrong
+
     # ---- ways ----
 
     def _own(self, call: Call, sink: Sink) -> Handle:
@@ -7776,6 +8030,7 @@ class Gateway:
             verdict = self.policy.arguments(
                 entry, call.params.get("arguments") or {}, call.mirrored
             )
+            verdict = verdict or self._astray(entry.server, call)
             if verdict is not None:
                 outcome = verdict if isinstance(verdict, Outcome) else Outcome(error=verdict)
                 outcome.server = entry.server
@@ -7835,6 +8090,10 @@ class Gateway:
                 text = f'{call.method}: the server "{entry.server}" has no {need}'
                 forward.done(Outcome(error=Error(METHOD_NOT_FOUND, text, status=404)))
                 return
+            if (astray := self._astray(entry.server, call)) is not None:
+                astray.server = entry.server
+                forward.done(astray)
+                return
             call.params = rewrite(entry.own)
             forward.go(entry.server, self.config.servers[entry.server].repeat)
 
@@ -7856,7 +8115,7 @@ class Gateway:
             forward.done(Outcome(error=error))
             return
         task = call.params.get("taskId")
-        home = self._tasks.find(call.endpoint, task, call.owner.principal)
+        home = self._tasks.find(call, task)
         if home is None:
             error = Error(INVALID_PARAMS, f"Unknown task: {task!s:.100}", {"taskId": task})
             forward.done(Outcome(error=error))
@@ -7871,10 +8130,7 @@ class Gateway:
         offers = filter(None, map(self.catalogue.offer, names))
         if not any(_has_tasks(offer.capabilities, extension) for offer in offers):
             return Error(METHOD_NOT_FOUND, f"Method not found: {call.method}", status=404)
-        if extension and not _has_tasks(call.capabilities, extension):
-            needed: Json = {"requiredCapabilities": {"extensions": {META + "tasks": {}}}}
-            return Error(MISSING_CAPABILITY, "the client did not declare tasks", needed, status=400)
-        return None
+        return _undeclared_tasks(call) if extension else None
 
     def _list_tasks(self, forward: Forward) -> None:
         """The principal's own tasks as last seen; a child would list those of all its clients."""
@@ -7893,7 +8149,8 @@ class Gateway:
         if offer is not None and (
             "extensions" in offer.capabilities or "experimental" in offer.capabilities
         ):
-            forward.go(call.endpoint, safe=False)
+            astray = self._astray(call.endpoint, call)
+            forward.go(call.endpoint, safe=False) if astray is None else forward.done(astray)
             return
         error = Error(METHOD_NOT_FOUND, f"Method not found: {call.method}", status=404)
         forward.done(Outcome(error=error))
@@ -7936,12 +8193,17 @@ class Tasks:
             if self._first.get(old) == old_server:
                 del self._first[old]
 
-    def find(self, endpoint: str, ident: Json, principal: str) -> TaskHome | None:
-        """The task `ident` as the endpoint and the principal may see it; None is "unknown"."""
+    def find(self, call: Call, ident: Json) -> TaskHome | None:
+        """The task `ident` as endpoint and principal of `call` may see it; None is "unknown"."""
         if not isinstance(ident, str):
             return None
-        home = self._homes.get((endpoint or self._first.get(ident, ""), ident))
-        return home if home is not None and home.principal == principal else None
+        home = self._homes.get((call.endpoint or self._first.get(ident, ""), ident))
+        return home if home is not None and home.principal == call.owner.principal else None
+
+    def home(self, call: Call, ident: Json) -> tuple[str, str] | None:
+        """Server and place of what `find` finds, for Subscriptions."""
+        home = self.find(call, ident)
+        return None if home is None else (home.server, home.place)
 
     def of(self, endpoint: str, principal: str) -> list[Json]:
         """Every task that `find` would find."""
@@ -7967,6 +8229,14 @@ def _has_tasks(capabilities: dict[str, Json], extension: bool) -> bool:
         return "tasks" in capabilities
     extensions = capabilities.get("extensions")
     return isinstance(extensions, dict) and META + "tasks" in extensions
+
+
+def _undeclared_tasks(call: Call) -> Error | None:
+    """-32021 for a client that did not declare the extension (SEP-2663, Error Handling)."""
+    if _has_tasks(call.capabilities, extension=True):
+        return None
+    needed: Json = {"requiredCapabilities": {"extensions": {META + "tasks": {}}}}
+    return Error(MISSING_CAPABILITY, "the client did not declare tasks", needed, status=400)
 
 
 def _only_as_task(tool: dict[str, Json]) -> bool:
@@ -8050,6 +8320,7 @@ LIST_CHANGED: Final = {
     # One notification for both: no era has one of its own for templates.
     "notifications/resources/list_changed": (Kind.RESOURCES, Kind.TEMPLATES),
 }
+ROOTS_CHANGED: Final = "notifications/roots/list_changed"
 OF_NO_CALL: Final = frozenset(
     {"notifications/tasks/status", "notifications/tasks", "notifications/elicitation/complete"}
 )
@@ -8169,6 +8440,9 @@ class Peer:
         """Write `call`; its answer, and what belongs to it, comes to `sink`."""
         if self._lost is not None:
             return self._refused(call, sink, self._died(self._lost))
+        params = cut_params(self._config, call.params)
+        if params is not call.params:
+            call = dataclasses.replace(call, params=params)
         if call.method == "subscriptions/listen":
             return self._listen(call, sink)
         return self._request(call, sink)
@@ -8635,6 +8909,7 @@ class LegacyServer(Peer):
         if isinstance(owner, str):
             self._remark("warning", f"{request.method} was refused: {owner}", now)
             self._refuse(request.id, owner)
+            self._host.freed()  # known to ask, it takes no new calls while it owes an answer
         else:
             self._ask(owner, request, now)
 
@@ -8683,6 +8958,8 @@ class LegacyServer(Peer):
         error = outcome.error
         if error is None:
             raw = outcome.raw or b"{}" if outcome.result is None else encode(outcome.result)
+            if ask.method == "roots/list":
+                raw = encode(cut_roots(self._config, decode(raw)))
             self._write(write_result(cast("int | str", ask.source), raw))
         else:
             # 1099 says within Atrax that nobody waits; on a wire it means nothing.
@@ -8716,8 +8993,8 @@ class LegacyServer(Peer):
 
     def noted(self, flight: _Flight, notice: Notice) -> None:
         # Roots widen what some servers may touch: a session's never reach a child of several.
-        roots = notice.method == "notifications/roots/list_changed"
-        if roots and self._config.isolation == "session":
+        own_roots = self._config.isolation == "session" and notice.method == ROOTS_CHANGED
+        if own_roots or notice.method == "notifications/progress":  # on an ask, under its own token
             self._write(write_notice(notice))
 
     def _notice(self, notice: Notice, now: float) -> None:
@@ -9628,7 +9905,7 @@ def _how(status: int) -> str:
 #                       due|    v                        later and later
 #                         failed
 #
-# `disabled` is reached from everywhere and left by hand. `Nest._move` is the one writer, and each
+# `disabled` is reached from everywhere and never left. `Nest._move` is the one writer, and each
 # move one event, `server.state`, which log, metrics, status and page show. Shelf hears of the own
 # nest alone: what exists only in an owner's isolated child is not listed.
 
@@ -9643,11 +9920,6 @@ LARGE_PIPES: Final = 32
 STARTS_AT_ONCE: Final = 4  # processes started in one turn of the loop; each holds it for 0.6 ms
 SWEEP: Final = 1.0  # seconds between two looks for orphans
 NO_LIMIT: Final = sys.maxsize
-# What a reload may change of a server while its processes run on.
-LIVE: Final = frozenset({
-    "description", "prefix", "tools", "repeat", "restart", "idle_stop", "lazy", "start_timeout",
-    "concurrency", "processes",
-})  # fmt: skip
 
 
 class State(enum.Enum):
@@ -9675,13 +9947,11 @@ class Cause(enum.Enum):
     DUE = "due"  # the pause is over
     GAVE_UP = "gave_up"  # too many early deaths
     UNUSED = "unused"
-    RESTARTED = "restarted"  # by an operator
     DISABLED = "disabled"
 
 
 _ANY: Final = {  # from any state but DISABLED
     Cause.UNUSED: State.STOPPED,
-    Cause.RESTARTED: State.STARTING,
     Cause.DISABLED: State.DISABLED,
 }
 _FALLS: Final = dict.fromkeys(
@@ -9693,7 +9963,7 @@ MOVES: Final[dict[State, dict[Cause, State]]] = {  # state: {what happened: the 
     State.READY: {Cause.REPLACED: State.STARTING, **_FALLS, **_ANY},
     State.BACKOFF: {Cause.DUE: State.STARTING, Cause.GAVE_UP: State.FAILED, **_ANY},
     State.FAILED: {Cause.DUE: State.STARTING, **_ANY},
-    State.DISABLED: {Cause.RESTARTED: State.STARTING, Cause.DISABLED: State.DISABLED},
+    State.DISABLED: {Cause.DISABLED: State.DISABLED},
 }
 # The levels of the log; how a child ended has been said there already (`child.exited`).
 SHOWN_AT: Final = {State.FAILED: "error", State.READY: "info"}
@@ -9752,7 +10022,6 @@ class Member:
         self.remark = ""  # the last that was said of what it sends
         self.changes = 0.0  # when it last spoke of a changed list
         self.wanted = True  # False: its end was asked for, and is no failure
-        self.retires_at = math.inf  # when a retired one ends even if calls are in flight
         self.waiting: OrderedDict[_Wait, None] = OrderedDict()  # calls that must go to this process
 
     def free(self, limit: int) -> bool:
@@ -9768,12 +10037,6 @@ class Member:
     def in_use(self) -> bool:
         """Whether a call is in flight or parked."""
         return bool(self.talk.open_calls or self.waiting)
-
-    def is_due(self, now: float) -> bool:
-        """Whether a retired one is to end: it has no calls, or may not finish them. With a deadline
-        it does not wait for people either."""
-        asks_only = self.retires_at < math.inf and self.talk.open_calls == self.talk.parked
-        return asks_only or not self.in_use() or now >= self.retires_at
 
     def unused_since(self) -> float | None:
         """Since when it serves nobody; None while it does, or is not ready."""
@@ -10104,17 +10367,17 @@ class Nest:
 
     # ---- sending members away ----
 
-    def _dismiss(self, member: Member, deadline: float = math.inf) -> None:
+    def _dismiss(self, member: Member) -> None:
         """No new calls for `member`."""
         self._remove(member)
-        member.wanted, member.retires_at = False, deadline
+        member.wanted = False
         self.retired.append(member)
 
-    def retire(self, member: Member, deadline: float = math.inf) -> None:
-        """No new calls for `member`; it is stopped when those in flight are done, or at `deadline`.
+    def retire(self, member: Member) -> None:
+        """No new calls for `member`; it is stopped when those in flight are done.
 
         One that holds a cancelled call may still ask for it, and would ask the next client."""
-        self._dismiss(member, deadline)
+        self._dismiss(member)
         if len(self.retired) > self.family.config.processes:
             self.retired[0].child.fail("was ended: too many of its kind finish their last calls")
         if not member.in_use():
@@ -10124,26 +10387,14 @@ class Nest:
             if not self.members:
                 self.spawn()
 
-    def restart(self, deadline: float) -> None:
-        """New processes now, also from DISABLED; the old ones finish their calls until `deadline`."""
-        self._deaths.clear()
-        self._trips = 0
-        self.most = self.family.processes(self.key)
+    def close(self, cause: Cause, reason: str, patience: float = PATIENCE) -> None:
+        """No process any more, for calls in flight and those that wait neither."""
         old = list(self.members)
-        self.want(Cause.RESTARTED)
-        for member in old:
-            self.retire(member, deadline)
-
-    def close(self, cause: Cause, reason: str, deadline: float, patience: float = PATIENCE) -> None:
-        """No process any more, nor for who waits; calls in flight may finish until `deadline`."""
-        old, now = list(self.members), self.clock()
         self._move(cause, reason)
         for member in old:
             self._dismiss(member)
         for member in list(self.retired):
-            member.retires_at = min(member.retires_at, deadline)
-            if member.is_due(now):
-                member.end(patience)
+            member.end(patience)
         self.refuse_all()
 
     def refuse_all(self) -> None:
@@ -10174,7 +10425,7 @@ class Nest:
                     member.cause = Cause.LATE
                     also = f"; {member.remark}" if member.remark else ""
                     child.fail(f"did not answer within {start:g} s{also}")
-            elif member in self.retired and member.is_due(now) and not child.ending:
+            elif member in self.retired and not member.in_use() and not child.ending:
                 member.end()  # not twice: each tick would start its patience anew
         self._expire(now)
         if self.state is State.READY:
@@ -10257,15 +10508,15 @@ class Family:
     def start(self) -> None:
         """Start its first process, if the config wants one."""
         if self.config.disabled:
-            self.close("disabled in the config", 0.0)
+            self.close("disabled in the config")
         else:
             self.nest.want(Cause.WANTED)
 
-    def close(self, reason: str, deadline: float, patience: float = PATIENCE) -> None:
-        """Disable the server; calls in flight may finish until `deadline`."""
-        self.nest.close(Cause.DISABLED, reason, deadline, patience)
+    def close(self, reason: str, patience: float = PATIENCE) -> None:
+        """Disable the server, whatever it does."""
+        self.nest.close(Cause.DISABLED, reason, patience)
         for nest in self.nests.values():
-            nest.close(Cause.UNUSED, reason, deadline, patience)
+            nest.close(Cause.UNUSED, reason, patience)
 
     def nest_of(self, owner: Owner | None) -> Nest:
         """Where `owner`'s calls go."""
@@ -10288,20 +10539,6 @@ class Family:
         elif not self.settled and after not in (State.STARTING, State.STOPPED):
             self.settled = True
             shelf.down(self.name)
-
-    def renew(self, config: ServerConfig) -> None:
-        """After a reload that changed nothing but what is LIVE."""
-        self.config = config
-        if config.concurrency is not None or not self.asks:
-            self.limit = config.concurrency or NO_LIMIT
-        for nest in self.all():
-            nest.most = self.processes(nest.key)
-            nest.serve()
-
-    @property
-    def living(self) -> bool:
-        """Whether a process of it is left."""
-        return any(nest.members or nest.retired for nest in self.all())
 
     def believe(self, era: str) -> None:
         """What to ask the next process of this command line first; "auto": anything."""
@@ -10365,7 +10602,6 @@ class Supervisor:
         self.clock, self.loop = clock, loop
         self.eras: dict[tuple[str, ...], str] = {}  # what each command line turned out to be
         self._families = {name: Family(self, name, one) for name, one in config.servers.items()}
-        self._leaving: list[Family] = []  # removed or changed by a reload, with calls in flight
         self._members: dict[str, Member] = {}  # by place: each child that has not been buried
         self._starts: set[asyncio.Task[None]] = set()
         self._slots = asyncio.Semaphore(STARTS_AT_ONCE)
@@ -10379,8 +10615,8 @@ class Supervisor:
     async def stop(self, grace: float) -> None:
         """End every child and all that they left behind: stdin closed, SIGTERM after `grace`
         seconds, SIGKILL after as many more."""
-        for family in [*self._families.values(), *self._leaving]:
-            family.close("Atrax is stopping", 0.0, grace)
+        for family in self._families.values():
+            family.close("Atrax is stopping", grace)
         deadline = self.clock() + 2 * grace + 1.0
         while self._members and self.clock() < deadline:
             await asyncio.sleep(0.01)
@@ -10393,8 +10629,7 @@ class Supervisor:
 
     def wake(self, now: float) -> None:
         """Everything that time brings about."""
-        self._leaving = [family for family in self._leaving if family.living]
-        for family in [*self._families.values(), *self._leaving]:
+        for family in self._families.values():
             for nest in family.all():
                 nest.wake(now)
             for key in [key for key, nest in family.nests.items() if nest.empty(now)]:
@@ -10438,7 +10673,7 @@ class Supervisor:
         for family in self._families.values():
             nest = family.nests.get(owner)
             if nest is not None:
-                nest.close(Cause.UNUSED, "its owner is gone", 0.0)
+                nest.close(Cause.UNUSED, "its owner is gone")
 
     # ---- operation ----
 
@@ -10450,41 +10685,6 @@ class Supervisor:
         """What /status shows, by server."""
         now = self.clock()
         return {name: family.status(now) for name, family in self._families.items()}
-
-    async def restart(self, server: str) -> None:
-        """New processes for `server`, also if it was given up or disabled; returns when the first
-        is ready or has failed. Calls in flight have `drain` seconds on the old ones."""
-        family = self._families[server]
-        deadline = self.clock() + self.config.drain
-        for nest in family.nests.values():
-            nest.close(Cause.UNUSED, "restarted", deadline)
-        family.nest.restart(deadline)
-        family.restarts += 1
-        while family.nest.state is State.STARTING:
-            await asyncio.sleep(0.02)
-
-    def disable(self, server: str) -> None:
-        """Stop `server` until `restart`; calls in flight have `drain` seconds."""
-        self._families[server].close("stopped by an operator", self.clock() + self.config.drain)
-
-    def adopt(self, config: Config) -> None:
-        """Go on with another config (a reload). Servers that stay as they are keep their processes;
-        those that changed or went take no new calls, and have `drain` for the ones in flight."""
-        before, self.config, self._families = self._families, config, {}
-        for name, server in config.servers.items():
-            old = before.get(name)
-            live = set(LIVE)
-            stays = old and old.config.model_dump(exclude=live) == server.model_dump(exclude=live)
-            self._families[name] = old if old and stays else Family(self, name, server)
-        for name, family in before.items():
-            if self._families.get(name) is not family:
-                self._leaving.append(family)
-                family.close("changed by a reload", self.clock() + config.drain)
-        for name, family in self._families.items():
-            if family is before.get(name):
-                family.renew(config.servers[name])
-            else:
-                family.start()
 
     # ---- processes ----
 
@@ -10540,7 +10740,7 @@ class Supervisor:
         idle = {since: nest for nest in isolated if (since := nest.unused_since()) is not None}
         if idle:
             reason = "another owner needs its place (limits.children)"
-            idle[min(idle)].close(Cause.UNUSED, reason, 0.0)
+            idle[min(idle)].close(Cause.UNUSED, reason)
         return bool(idle)
 
 
@@ -10644,8 +10844,9 @@ class Atrax:
         self.catalogue = Catalogue(
             config, self.supervisor, self.record, clock, self.policy.definition, loop.call_later
         )
+        tasks = Tasks()
         self.subscriptions = Subscriptions(
-            config, self.catalogue, self.supervisor, self.record, clock
+            config, self.catalogue, self.supervisor, self.record, clock, tasks.home
         )
         self.gateway = Gateway(
             config,
@@ -10655,6 +10856,7 @@ class Atrax:
             self.policy,
             self.supervisor,
             clock,
+            tasks,
         )
         self.clients = Clients(
             self.gateway,
@@ -11438,8 +11640,10 @@ def _server_lines(status: Mapping[str, Mapping[str, Json]], paint: _Paint) -> li
 
 
 def _about(server: Mapping[str, Json]) -> str:
-    if server.get("lastError") and server["state"] in _FAILED:
-        return _printable(server["lastError"])
+    down = server["state"] in (*_FAILED, "starting")  # a start that follows a failure
+    wrong = server.get("lastError") if down else server.get("error")
+    if wrong:
+        return _printable(wrong)
     parts = [server["era"]] if server.get("era") else []
     for key, one in (("tools", "tool"), ("resources", "resource"), ("prompts", "prompt"),
                      ("resourceTemplates", "resource template")):  # fmt: skip

@@ -45,7 +45,13 @@ def memory(pid: int) -> float:
 class Caller(asyncio.Protocol):
     """One keep-alive connection that calls again as soon as it has its answer, until `left` says stop."""
 
-    def __init__(self, request: bytes, left: Callable[[], bool], times: list[float], over: asyncio.Future[None]) -> None:
+    def __init__(
+        self,
+        request: bytes,
+        left: Callable[[], bool],
+        times: list[float],
+        over: asyncio.Future[None],
+    ) -> None:
         self.request, self.left, self.times, self.over = request, left, times, over
         self.buffer, self.sent = b"", 0.0
 
@@ -73,7 +79,7 @@ class Caller(asyncio.Protocol):
         length = int(self.buffer[start + 15 : self.buffer.find(b"\r\n", start)])
         if len(self.buffer) < head + 4 + length:
             return
-        if b" 200 " not in self.buffer[:20] or b'"error":' in self.buffer[head:head + 200]:
+        if b" 200 " not in self.buffer[:20] or b'"error":' in self.buffer[head : head + 200]:
             raise RuntimeError(f"not an answer: {self.buffer[:600]!r}")
         self.times.append(time.perf_counter() - self.sent)
         self.buffer = b""
@@ -84,7 +90,9 @@ class Caller(asyncio.Protocol):
             self.over.set_exception(RuntimeError(f"the connection broke: {error}"))
 
 
-def request(url: str, method: str, params: dict[str, object], headers: dict[str, str], meta: bool) -> bytes:
+def request(
+    url: str, method: str, params: dict[str, object], headers: dict[str, str], meta: bool
+) -> bytes:
     """One POST as bytes."""
     parts = urlsplit(url)
     if meta:
@@ -98,7 +106,9 @@ def request(url: str, method: str, params: dict[str, object], headers: dict[str,
         "Content-Length": str(len(body)),
         **headers,
     }
-    head = f"POST {parts.path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    head = f"POST {parts.path} HTTP/1.1\r\n" + "".join(
+        f"{name}: {value}\r\n" for name, value in lines.items()
+    )
     return head.encode() + b"\r\n" + body
 
 
@@ -117,7 +127,9 @@ async def load(url: str, message: bytes, clients: int, calls: int) -> list[float
     for _ in range(clients):
         over = loop.create_future()
         overs.append(over)
-        maker = lambda over=over: Caller(message, lambda: next(count, None) is not None, times, over)  # noqa: E731
+        maker = lambda over=over: Caller(
+            message, lambda: next(count, None) is not None, times, over
+        )  # noqa: E731
         await loop.create_connection(maker, parts.hostname, parts.port)
     await asyncio.gather(*overs)
     return times
@@ -144,13 +156,19 @@ class Running:
             "port": 0,
             "log": {"level": "warning"},
             "mcpServers": {
-                "e": {"command": sys.executable, "args": ["-S", str(HERE / "children" / "echo.py")], "env": {"TOOLS": str(tools)}}
+                "e": {
+                    "command": sys.executable,
+                    "args": ["-S", str(HERE / "children" / "echo.py")],
+                    "env": {"TOOLS": str(tools)},
+                }
             },
         }
         path = Path(self.folder.name, "config.json")
         path.write_text(json.dumps(config))
         self.began = time.perf_counter()
-        self.process = subprocess.Popen([*command, "serve", str(path)], stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [*command, "serve", str(path)], stdout=subprocess.PIPE, text=True
+        )
         self.url = ""
         for line in self.process.stdout:
             if "http://" in line:
@@ -168,7 +186,14 @@ class Running:
 def first_answer(command: list[str]) -> float:
     """Seconds from the start of the process to its first answered call."""
     running = Running(command)
-    asyncio.run(load(running.url, modern(running.url, "tools/call", {"name": "e__echo", "arguments": {"text": "x"}}), 1, 1))
+    asyncio.run(
+        load(
+            running.url,
+            modern(running.url, "tools/call", {"name": "e__echo", "arguments": {"text": "x"}}),
+            1,
+            1,
+        )
+    )
     took = time.perf_counter() - running.began
     running.stop()
     return took
@@ -187,31 +212,43 @@ def main() -> None:
     idle = memory(pid)
     subjects: list[tuple[str, str, int, bytes]] = []
     echo = {"name": "e__echo", "arguments": {"text": "hello"}}
-    subjects.append(("atrax, modern client", running.url, pid, modern(running.url, "tools/call", echo)))
+    subjects.append(
+        ("atrax, modern client", running.url, pid, modern(running.url, "tools/call", echo))
+    )
     for peer in options.peer:
         name, rest = peer.split("=", 1)
         url, number, tool = rest.split(",")
-        call = request(url, "tools/call", {"name": tool, "arguments": {"text": "hello"}}, {}, meta=False)
+        call = request(
+            url, "tools/call", {"name": tool, "arguments": {"text": "hello"}}, {}, meta=False
+        )
         subjects.append((name, url, int(number), call))
     results: dict[tuple[str, int], list[dict[str, float]]] = {}
     for _ in range(options.rounds):
         for clients in (1, 16, 64, 256):
             for name, url, number, message in subjects:
                 calls = max(options.calls // 4, 1) if clients == 1 else options.calls
-                found = asyncio.run(asyncio.wait_for(measure(url, number, message, clients, calls), 120))
+                found = asyncio.run(
+                    asyncio.wait_for(measure(url, number, message, clients, calls), 120)
+                )
                 results.setdefault((name, clients), []).append(found)
     print(f"{'':28}{'clients':>8}{'CPU us/call':>13}{'p50 us':>10}{'calls/s':>10}{'CPU ratio':>11}")
     for (name, clients), found in results.items():
         base = statistics.median(item["cpu"] for item in results[(subjects[0][0], clients)])
-        row = {key: statistics.median(item[key] for item in found) for key in ("cpu", "p50", "rate")}
-        print(f"{name:28}{clients:>8}{row['cpu']:>13.1f}{row['p50']:>10.0f}{row['rate']:>10.0f}{row['cpu'] / base:>11.2f}")
+        row = {
+            key: statistics.median(item[key] for item in found) for key in ("cpu", "p50", "rate")
+        }
+        print(
+            f"{name:28}{clients:>8}{row['cpu']:>13.1f}{row['p50']:>10.0f}{row['rate']:>10.0f}{row['cpu'] / base:>11.2f}"
+        )
     print(f"memory: idle {idle:.1f} MB, after load {memory(pid):.1f} MB")
     big = modern(running.url, "tools/call", {"name": "e__echo", "arguments": {"size": 1 << 20}})
     print(f"1 MiB results: {asyncio.run(measure(running.url, pid, big, 4, 400))['rate']:.0f} /s")
     running.stop()
     listing = Running(command, tools=500)
     message = modern(listing.url, "tools/list", {})
-    print(f"lists of 500 tools: {asyncio.run(measure(listing.url, listing.process.pid, message, 4, 1000))['rate']:.0f} /s")
+    print(
+        f"lists of 500 tools: {asyncio.run(measure(listing.url, listing.process.pid, message, 4, 1000))['rate']:.0f} /s"
+    )
     listing.stop()
     starts = [first_answer(command) for _ in range(3)]
     print(f"start to the first answered call: {statistics.median(starts):.2f} s")

@@ -160,6 +160,14 @@ PROMISES: Final = {
     "schema.never_stalls": Promise(
         "No schema and no argument, however made, holds up other clients.", "DESIGN, Calls"
     ),
+    # Paths
+    "paths.inside": Promise(
+        "With `paths` no spelling of a path leaves the directories; odd but honest names pass.",
+        "DESIGN, Paths; issue 6, item 3",
+    ),
+    "paths.roots": Promise(
+        "A client's roots never widen a shared server.", "PROTOCOL, Roots widen; issue 5, item 4"
+    ),
     # Everything travels, in every cell
     "travels.list_changed": Promise(
         "A changed list is announced to who sees it, and only to them.", "DESIGN, Lists"

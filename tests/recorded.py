@@ -62,8 +62,12 @@ class Sent:
         return self.call.params["notifications"]["resourceSubscriptions"]
 
     def acknowledge(self, uris: list[str] | None = None) -> None:
-        accepted = {"resourceSubscriptions": self.uris if uris is None else uris}
-        params = {"notifications": accepted}
+        accepted = self.call.params["notifications"]
+        params = {
+            "notifications": {**accepted, "resourceSubscriptions": uris}
+            if uris is not None
+            else accepted
+        }
         self.sink.note(Notice("notifications/subscriptions/acknowledged", params))
 
     def update(self, uri: str) -> None:
@@ -205,19 +209,16 @@ class Middle:
         self.record = atrax.Record()
         self.events: list[atrax.Event] = []
         self.record.watch(self.events.append)
-        self.catalogue = self.successor(self.config, check)
+        check = check or atrax.Policy(self.record).definition
+        self.catalogue = atrax.Catalogue(
+            self.config, self.pool, self.record, self.time, check, Turns()
+        )
         self.changes: list[tuple[str, str]] = []
         self.catalogue.watch.append(lambda kind, at: self.changes.append((kind.value, at)))
+        self.tasks = atrax.Tasks()
         self.subscriptions = atrax.Subscriptions(
-            self.config, self.catalogue, self.pool, self.record, self.time
+            self.config, self.catalogue, self.pool, self.record, self.time, self.tasks.home
         )
-
-    def successor(
-        self, config: atrax.Config, check: Callable[[atrax.Entry], str] | None = None
-    ) -> atrax.Catalogue:
-        """A Catalogue for `config` over the same processes; `check` is Policy's, if not given."""
-        check = check or atrax.Policy(self.record).definition
-        return atrax.Catalogue(config, self.pool, self.record, self.time, check, Turns())
 
     @property
     def settled(self) -> bool:

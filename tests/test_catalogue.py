@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recorded import Middle, body, config, prompt, resource, template, tool
+from recorded import Middle, body, prompt, resource, template, tool
 
 import atrax
 from atrax import Entry, Error, Kind, Outcome, Owner
@@ -800,6 +800,22 @@ def test_discover_on_mcp_answers_at_once() -> None:
     assert outcome.ttl_ms == 60_000
 
 
+def test_discover_on_mcp_names_the_extensions_and_tasks_of_all_servers() -> None:
+    middle = Middle({"a": {}, "b": {}, "c": {}})
+    middle.start("b", {"extensions": {"x/y": {"of": "b"}, "x/z": {}}})
+    middle.start("a", {"extensions": {"x/y": {"of": "a"}}, "tasks": {"list": {}}})
+    middle.start("c", {"extensions": None})
+    capabilities = middle.ask_for("server/discover")[0].result["capabilities"]  # type: ignore[index]
+    assert capabilities["extensions"] == {"x/y": {"of": "a"}, "x/z": {}}
+    assert capabilities["tasks"] == {"list": {}}
+
+
+def test_a_server_without_a_name_is_not_given_an_empty_one() -> None:
+    middle = Middle({"a": {}})
+    middle.catalogue.up("a", atrax.Offer({}, {}, "", "2026-07-28", "modern"))
+    assert "_meta" not in middle.ask_for("server/discover", "a")[0].result  # type: ignore[operator]
+
+
 def test_discover_on_the_own_endpoint_says_what_the_server_offers() -> None:
     middle = Middle({"a": {}})
     answers = middle.ask_for("server/discover", "a")
@@ -832,43 +848,3 @@ def test_discover_on_the_own_endpoint_of_a_server_that_does_not_start_is_1010() 
     assert error_of(answers).code == atrax.UNAVAILABLE
     middle.down("a")
     assert error_of(middle.ask_for("server/discover", "a")).code == atrax.UNAVAILABLE
-
-
-# ---- reload ----
-
-
-def test_a_reload_applies_new_rules_to_what_was_read_and_tells_who_watches() -> None:
-    middle = Middle({"a": {}, "same": {}})
-    middle.start("a", tools=[tool("t"), tool("u")])
-    middle.start("same", tools=[tool("t")])
-    waiting = middle.look_up(Kind.TOOLS, "late__t")
-    assert error_of(waiting)
-    new_config = config({"a": {"tools": {"deny": ["u"]}}, "same": {}, "late": {}})
-    new = middle.successor(new_config)
-    middle.changes.clear()
-    new.inherit(middle.catalogue)
-    assert sorted(middle.changes) == [("tools", ""), ("tools", "a")]
-    found: list[Any] = []
-    new.lookup(Kind.TOOLS, "", "a__t", found.append)
-    new.lookup(Kind.TOOLS, "", "a__u", found.append)
-    assert isinstance(found[0], Entry) and isinstance(found[1], Error)
-    assert new.counts()["same"]["tools"] == 1
-
-
-def test_a_reload_hands_over_who_waits_and_what_is_being_read() -> None:
-    middle = Middle({"a": {}, "busy": {}})
-    process = middle.process("busy")
-    process.hold = {"tools/list"}
-    middle.up("busy")
-    found = middle.look_up(Kind.TOOLS, "a__t")
-    dropped = middle.look_up(Kind.TOOLS, "a__t")
-    new = middle.successor(middle.config)
-    new.inherit(middle.catalogue)
-    middle.lease.cancel()
-    middle.catalogue = new
-    process.hold, process.pages["tools/list"] = set(), [tool("t")]
-    middle.wait(0.2)
-    assert new.counts()["busy"]["tools"] == 1
-    middle.start("a", tools=[tool("t")])
-    assert found[0].server == "a"
-    assert dropped == []

@@ -1551,9 +1551,6 @@ def test_a_listen_that_fails_fails_its_subscribes_and_is_opened_again(stand: Sta
     stand.wait(6)
     assert len(stand.calls) == count + 1
     assert stand.last.call.params["notifications"]["resourceSubscriptions"] == ["a:1"]
-    told = stand.legacy(subscribe("a:2"), session)
-    stand.wait(61)
-    assert told.messages[0]["error"]["code"] == atrax.TIMED_OUT
     assert stand.legacy(subscribe(5), session).json["error"]["code"] == atrax.INVALID_PARAMS  # type: ignore[arg-type]
 
 
@@ -1622,7 +1619,7 @@ def test_the_old_transport_relays_asks_and_ends_when_atrax_closes(stand: Stand) 
 
 
 def test_nothing_is_left_of_ten_thousand_sessions(stand: Stand) -> None:
-    stand.clients.adopt(stand, Limits(sessions=20_000))
+    stand.clients.limits = Limits(sessions=20_000)
     for _ in range(10_000):
         stand.session()
     stand.time += 4000

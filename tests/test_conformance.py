@@ -54,7 +54,7 @@ def config(children: Path, era: str) -> Json:
         "processes": 8,
     }
     if era == "legacy":
-        child |= {"offer": ["elicitation", "sampling", "roots"], "isolation": "session"}
+        child |= {"offer": ["elicitation", "sampling", "roots"], "paths": {"dirs": ["/"]}}
     return {"drain": 1, "mcpServers": {"everything": child}}
 
 

@@ -20,13 +20,31 @@ def test_the_table_of_keys_is_the_one_that_the_code_declares() -> None:
 
 @promise("docs.commands")
 def test_every_command_is_documented_and_every_documented_command_exists() -> None:
-    documented = set(re.findall(r"^\| `(\w+)[^|]*` \|", README.split("| command | does |")[1].split("\n\n")[0], re.M))
-    usage = set(re.findall(r"^  (\w+)(?: \[config.json\]| +)", atrax.USAGE, re.M)) & {"serve", "check", "schema", "version"}
+    documented = set(
+        re.findall(
+            r"^\| `(\w+)[^|]*` \|", README.split("| command | does |")[1].split("\n\n")[0], re.M
+        )
+    )
+    usage = set(re.findall(r"^  (\w+)(?: \[config.json\]| +)", atrax.USAGE, re.M)) & {
+        "serve",
+        "check",
+        "schema",
+        "version",
+    }
     assert documented == usage
 
 
 def test_every_error_code_of_atrax_is_documented() -> None:
-    codes = {str(code) for code in (atrax.CHILD_DIED, atrax.TIMED_OUT, atrax.UNAVAILABLE, atrax.OVERLOADED, atrax.NOT_ALLOWED)}
+    codes = {
+        str(code)
+        for code in (
+            atrax.CHILD_DIED,
+            atrax.TIMED_OUT,
+            atrax.UNAVAILABLE,
+            atrax.OVERLOADED,
+            atrax.NOT_ALLOWED,
+        )
+    }
     assert codes <= set(re.findall(r"\b1\d{3}\b", README))
 
 

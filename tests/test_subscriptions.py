@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recorded import ALL, Answers, Middle, Process, config, prompt, resource, template, tool
+from recorded import ALL, Answers, Middle, Process, prompt, resource, template, tool
 
 import atrax
 from atrax import Error, Kind, Outcome, Owner
@@ -392,29 +392,76 @@ def test_close_ends_every_listen_with_its_result() -> None:
     assert late.outcomes[0].error is not None
 
 
-def test_a_reload_keeps_listens_and_ends_those_of_servers_that_are_gone() -> None:
-    middle = Middle({"s": {}, "gone": {}})
-    process = middle.start("s", tools=[tool("t")], resources=FILES)
-    middle.start("gone", resources=[resource("gone://1")])
-    kept, _ = middle.listen(toolsListChanged=True, resourceSubscriptions=[A, "gone://1"])
-    ended, _ = middle.listen("gone", toolsListChanged=True)
-    new_config = config({"s": {}})
-    catalogue = middle.successor(new_config)
-    catalogue.inherit(middle.catalogue)
-    middle.subscriptions.renew(new_config, catalogue)
-    assert ended.outcomes == [Outcome(result={})]
-    middle.catalogue = catalogue
-    process.pages["tools/list"] = [tool("u")]
-    middle.wait(1)
-    catalogue.changed("s", Kind.TOOLS)
-    process.listens[0].update(A)
-    assert kept.news == ["tools", A]
-
-
 def test_what_a_child_says_outside_any_call_is_counted() -> None:
     middle, _ = started()
     middle.subscriptions.told("s", "s#1", atrax.Notice("notifications/tasks/status", {}))
     assert middle.record.counters[("untold", ("server", "s"))] == 1
+
+
+# ---- tasks ----
+
+
+def task_of(middle: Middle, task: str, principal: str = "anonymous") -> None:
+    middle.tasks.note("s", "s#1", principal, {"resultType": "task", "taskId": task})
+
+
+def state(task: str, method: str = "notifications/tasks") -> atrax.Notice:
+    return atrax.Notice(method, {"taskId": task, "status": "working"})
+
+
+def test_the_states_of_own_tasks_come_by_one_listen_at_their_process() -> None:
+    middle, process = started()
+    for task in ("t1", "t2"):
+        task_of(middle, task)
+    task_of(middle, "foreign", "bob")
+    process.accept = False
+    answers, handle = middle.listen(
+        resourceSubscriptions=[A], taskIds=["t2", "foreign", "none", "t1", "t2"]
+    )
+    of_resources, of_tasks = sorted(process.listens, key=lambda sent: "taskIds" in str(sent.call))
+    assert of_tasks.call.params == {"notifications": {"taskIds": ["t2", "t1"]}}
+    of_resources.acknowledge()
+    assert answers.honoured is None
+    of_tasks.sink.note(state("t1"))
+    of_tasks.acknowledge()
+    of_tasks.sink.note(state("foreign"))
+    of_tasks.sink.note(state("t2"))
+    assert answers.honoured == {"resourceSubscriptions": [A], "taskIds": ["t2", "t1"]}
+    assert [note.params["taskId"] for note in answers.notes[1:]] == ["t1", "t2"]
+    handle.cancel("")
+    assert process.listens == []
+
+
+def test_tasks_whose_process_is_gone_or_silent_are_not_honoured() -> None:
+    middle, process = started()
+    task_of(middle, "t1")
+    process.accept = False
+    silent, _ = middle.listen(taskIds=["t1"])
+    middle.wait(5.2)
+    assert silent.honoured == {} and process.listens == []
+    middle.pool.there["s"] = Error(atrax.UNAVAILABLE, "gone")
+    gone, _ = middle.listen(taskIds=["t1"])
+    assert gone.honoured == {} and not gone.outcomes
+
+
+def test_a_state_that_a_child_tells_everybody_reaches_the_sessions_of_its_principal_alone() -> None:
+    middle, _ = started()
+    task_of(middle, "t1")
+    owners = [
+        Owner("anonymous", "1"),
+        Owner("anonymous", "2"),
+        Owner("anonymous"),
+        Owner("bob", "3"),
+    ]
+    heard = []
+    for owner in owners:
+        heard.append(Answers())
+        call = atrax.Call("subscriptions/listen", {"notifications": {}}, owner, "2025-11-25")
+        middle.subscriptions.open(call, heard[-1])
+    middle.subscriptions.told("s", "s#1", state("t1", "notifications/tasks/status"))
+    middle.subscriptions.told("s", "s#2", state("t1", "notifications/tasks/status"))
+    middle.subscriptions.told("s", "s#1", state("t2", "notifications/tasks/status"))
+    assert [len(answers.notes) - 1 for answers in heard] == [1, 1, 0, 0]
 
 
 # ---- any order ----

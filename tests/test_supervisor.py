@@ -621,51 +621,6 @@ async def test_a_subscription_keeps_an_idle_server_running() -> None:
         await home.is_in("watched", State.STOPPED)
 
 
-# ---- operation ----
-
-
-async def test_a_restart_lets_calls_in_flight_finish_on_the_old_process() -> None:
-    async with house({"busy": does()}) as home:
-        held = home.call("busy", "wait")
-        await home.until(lambda: held.place)
-        (old,) = home.status("busy")["pids"]
-        await home.supervisor.restart("busy")
-        assert int(await home.call("busy", "pid").text()) != old
-        assert await home.call("busy", "release", place=held.place).text() == "done"
-        assert await held.text() == "released"
-        await home.until(lambda: not alive(old))
-
-
-async def test_a_server_that_was_disabled_runs_again_after_a_restart() -> None:
-    async with house({"off": does()}, drain=0) as home:
-        await home.is_in("off", State.READY)
-        home.supervisor.disable("off")
-        assert (await home.call("off", "pid").error()).data["atrax"]["state"] == "disabled"
-        await home.supervisor.restart("off")
-        assert await home.call("off", "echo", text="on").text() == "on"
-
-
-async def test_a_reload_touches_only_the_servers_that_changed() -> None:
-    before = {"same": does(), "changed": does(), "removed": does()}
-    after = {"changed": does(env={"NEW": "1"}), "same": does(processes=2), "added": does()}
-    async with house(before) as home:
-        pids = {name: await home.call(name, "pid").text() for name in before}
-        held, parked = home.call("removed", "wait"), home.call("changed", "ask")
-        await asyncio.wait_for(parked.asks.get(), LIMIT)
-        home.supervisor.adopt(atrax.Config.model_validate({"mcpServers": after}))
-
-        assert (await parked.error()).code == atrax.CHILD_DIED  # nobody waits for a person now
-        assert (await home.call("removed", "pid").error()).code == atrax.UNAVAILABLE
-        assert await home.call("same", "pid").text() == pids["same"]
-        assert home.status("same")["processes"] == 2
-        assert await home.call("changed", "pid").text() != pids["changed"]
-        assert await home.call("added", "echo", text="new").text() == "new"
-        assert list(home.supervisor.status()) == list(after)
-        assert alive(int(pids["removed"]))  # until its call is done
-        held.handle.cancel("enough")
-        await home.until(lambda: not alive(int(pids["removed"])))
-
-
 async def test_stop_ends_stubborn_children_and_all_that_they_started() -> None:
     async with house({"stubborn": does("stubborn"), "parent": does()}) as home:
         grandchild = int(await home.call("parent", "fork").text())
