@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import os
 import statistics
@@ -127,9 +128,9 @@ async def load(url: str, message: bytes, clients: int, calls: int) -> list[float
     for _ in range(clients):
         over = loop.create_future()
         overs.append(over)
-        maker = lambda over=over: Caller(
-            message, lambda: next(count, None) is not None, times, over
-        )  # noqa: E731
+        maker = functools.partial(
+            Caller, message, lambda: next(count, None) is not None, times, over
+        )
         await loop.create_connection(maker, parts.hostname, parts.port)
     await asyncio.gather(*overs)
     return times

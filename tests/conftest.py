@@ -22,10 +22,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import spoken
 import wire
 from installed import ARCHIVE, HOME, missing
+
+# The same examples each time: CI must not fail by luck. To look for more of them:
+# python3 tests quick --hypothesis-profile=explore
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, max_examples=80)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile("suite")
 
 SOURCE = HOME / "atrax.py"
 WAIT = 30.0  # seconds for what must happen; a limit, never a measure

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from recorded import Middle, body, prompt, resource, template, tool
 
@@ -680,7 +680,6 @@ def test_a_hostile_template_and_uri_take_no_more_than_linear_time() -> None:
 
 
 @given(st.text(), st.text())
-@settings(max_examples=200, deadline=None)
 def test_no_template_and_no_uri_raises(pattern: str, uri: str) -> None:
     middle = Middle({"a": {}})
     middle.start("a", templates=[template("x" + pattern)])
@@ -750,7 +749,6 @@ def test_a_cursor_that_is_not_ours_is_refused(cursor: Any) -> None:
 
 
 @given(st.text())
-@settings(max_examples=300, deadline=None)
 def test_no_cursor_raises(cursor: str) -> None:
     middle = Middle({"a": {}})
     middle.start("a", tools=[tool("t")])
@@ -761,7 +759,6 @@ names = st.text(alphabet="abc_-", min_size=1, max_size=3)
 
 
 @given(st.lists(st.lists(names, max_size=6), min_size=1, max_size=3), st.sampled_from(["", "p"]))
-@settings(max_examples=200, deadline=None)
 def test_what_is_listed_is_what_is_found(servers: list[list[str]], first: str) -> None:
     """Any servers, any names: each listed name leads to the server and name that it came from."""
     middle = Middle(

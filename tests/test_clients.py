@@ -1789,7 +1789,7 @@ class Chaos:
                 assert len(answers) <= 3 and (told.ended or len(answers) < 3)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(st.integers(0, 27), st.integers(0, 1000)), max_size=80))
 def test_nothing_breaks_and_nothing_is_left_whatever_the_order(
     moves: list[tuple[int, int]],

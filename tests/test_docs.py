@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
-import atrax
 from installed import HOME
 from promises import promise
+
+import atrax
 
 README = (HOME / "README.md").read_text()
 SECURITY = (HOME / "SECURITY.md").read_text()
@@ -22,10 +23,12 @@ def test_the_table_of_keys_is_the_one_that_the_code_declares() -> None:
 def test_every_command_is_documented_and_every_documented_command_exists() -> None:
     documented = set(
         re.findall(
-            r"^\| `(\w+)[^|]*` \|", README.split("| command | does |")[1].split("\n\n")[0], re.M
+            r"^\| `(\w+)[^|]*` \|",
+            README.split("| command | does |")[1].split("\n\n")[0],
+            re.MULTILINE,
         )
     )
-    usage = set(re.findall(r"^  (\w+)(?: \[config.json\]| +)", atrax.USAGE, re.M)) & {
+    usage = set(re.findall(r"^  (\w+)(?: \[config.json\]| +)", atrax.USAGE, re.MULTILINE)) & {
         "serve",
         "check",
         "schema",

@@ -16,7 +16,7 @@ import pytest
 import uvloop
 from hostile import bodies, heads
 from hostile.row import HOST, Row, get, post
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import atrax
@@ -231,7 +231,6 @@ def test_every_byte_alone_is_read_like_all_at_once(row: Row) -> None:
 
 
 @given(st.sampled_from(ROWS), st.sampled_from(ROWS), st.lists(st.integers(0, 2000), max_size=8))
-@settings(max_examples=200, deadline=None)
 def test_any_split_of_the_bytes_gives_the_same(first: Row, second: Row, cuts: list[int]) -> None:
     data = first.data + second.data
     assert parse(pieces_of(data, cuts)) == parse([data])
@@ -254,7 +253,6 @@ def mutations(draw: st.DrawFn) -> bytes:
 
 
 @given(mutations(), st.lists(st.integers(0, 3000), max_size=5))
-@settings(max_examples=200, deadline=None)
 def test_a_mutated_request_is_read_or_refused_whatever_the_split(
     data: bytes, cuts: list[int]
 ) -> None:
@@ -262,7 +260,6 @@ def test_a_mutated_request_is_read_or_refused_whatever_the_split(
 
 
 @given(st.binary(max_size=400), st.lists(st.integers(0, 400), max_size=5))
-@settings(max_examples=200, deadline=None)
 def test_garbage_raises_nothing_but_our_own_error(data: bytes, cuts: list[int]) -> None:
     assert parse(pieces_of(data, cuts)) == parse([data])
 
@@ -270,7 +267,6 @@ def test_garbage_raises_nothing_but_our_own_error(data: bytes, cuts: list[int]) 
 @given(
     st.sampled_from(ROWS), st.integers(9, 200), st.integers(1, 50), st.lists(st.integers(0, 600))
 )
-@settings(max_examples=200, deadline=None)
 def test_limits_hold_whatever_the_split(row: Row, header: int, body: int, cuts: list[int]) -> None:
     limits = atrax.Limits(header=header, body=body)
     events = parse(pieces_of(row.data[:2000], cuts), limits)
@@ -305,7 +301,6 @@ def read_by_h11(data: bytes) -> tuple[list[tuple[str, bytes]], bool]:
 
 
 @given(mutations())
-@settings(max_examples=200, deadline=None)
 def test_what_h11_refuses_is_refused_and_the_rest_is_read_alike(data: bytes) -> None:
     theirs, refused = read_by_h11(data)
     ours = parse([data])

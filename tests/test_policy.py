@@ -15,7 +15,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mcp_types import methods as oracle
 from pydantic import ValidationError
@@ -317,7 +317,6 @@ def test_every_valid_message_passes_and_every_change_of_one_member_has_the_verdi
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
 def test_several_changes_at_once_have_the_verdict_of_the_oracle(data: st.DataObject) -> None:
     kind = "request"
     version = data.draw(st.sampled_from(VERSIONS))
@@ -1006,7 +1005,6 @@ def schemas(draft: int) -> st.SearchStrategy[Any]:
 
 @pytest.mark.parametrize("uri", DRAFTS)
 @given(st.data())
-@settings(max_examples=200, deadline=None)
 def test_the_verdict_is_that_of_jsonschema(uri: str, data: st.DataObject) -> None:
     draft = next(number for bare, number in atrax._DIALECTS.items() if bare in uri)
     schema = {"$schema": uri, "type": "object", "properties": {"x": data.draw(schemas(draft))}}
@@ -1016,7 +1014,10 @@ def test_the_verdict_is_that_of_jsonschema(uri: str, data: st.DataObject) -> Non
         # Draft 4 may say that 1.0 is no integer; a model that writes 1.0 means 1.
         if draft == 4 and "1.0" in json.dumps(instance):
             continue
-        expected = theirs.is_valid({"x": instance})
+        try:
+            expected = theirs.is_valid({"x": instance})
+        except TypeError:  # jsonschema 4.26 trips over a boolean "items" beside unevaluatedItems
+            continue
         assert (complaint(entry, {"x": instance}) == "") == expected, (schema, instance)
 
 
@@ -1032,7 +1033,6 @@ JUNK_SCHEMAS = st.recursive(
 
 @pytest.mark.parametrize("uri", DRAFTS)
 @given(schema=st.dictionaries(st.sampled_from(sorted(WORDS)), JUNK_SCHEMAS), value=INSTANCES)
-@settings(max_examples=300, deadline=None)
 def test_no_schema_raises_anything(uri: str, schema: dict[str, Any], value: Any) -> None:
     entry = tool({**schema, "$schema": uri})
     if POLICY.definition(entry) == "":

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import atrax
@@ -664,7 +664,6 @@ def test_one_call_that_ends_may_send_the_next_at_once() -> None:
 @given(
     st.lists(st.one_of(st.binary(max_size=200), st.text(max_size=60).map(str.encode)), max_size=20)
 )
-@settings(max_examples=150, deadline=None)
 def test_garbage_never_raises(lines: list[bytes]) -> None:
     for make in (*PEERS, Side.probe):
         side = Side()
@@ -730,7 +729,6 @@ MESSAGES = st.fixed_dictionaries(
 
 
 @given(st.lists(MESSAGES, max_size=12))
-@settings(max_examples=300, deadline=None)
 def test_nearly_right_messages_never_raise_and_end_no_call_twice(messages: list[Any]) -> None:
     for make in PEERS:
         side = Side(**ALL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from recorded import ALL, Answers, Middle, Process, prompt, resource, template, tool
 
@@ -475,7 +475,6 @@ steps = st.lists(
 
 
 @given(steps)
-@settings(max_examples=300, deadline=None)
 def test_in_any_order_each_listener_hears_each_update_once(actions: list[tuple[str, int]]) -> None:
     """Random listens, cancels, acknowledgements, losses: afterwards all who listen hear, nobody else."""
     middle, process = started()

@@ -279,7 +279,8 @@ def main() -> None:
             *lines, rest = (rest + chunk).split(b"\n")
             for line in lines:
                 receive(json.loads(line))
-        looking = any([call.look() for call in [*CALLS.values(), *RUNNING.values()]])
+        looks = [call.look() for call in [*CALLS.values(), *RUNNING.values()]]
+        looking = any(looks)
 
 
 if __name__ == "__main__":
