@@ -14,21 +14,23 @@ from typing import Any
 
 import pytest
 import wire
-from asking import ACCEPT, ALL, Answers, Client, Person, form, said, sample, wants
+from asking import ACCEPT, ALL, ROOTS, Answers, Client, Person, form, said, sample, wants
 from conftest import HOME, Running, Start, child
 from installed import NODE
 from promises import promise
 
 Json = Any
 EIGHT = {"concurrency": 1, "processes": 8}
-CONFIG = {"mcpServers": {"old": child("asks", **EIGHT), "new": child("rounds", **EIGHT)}}
+# A shared child may ask for roots where it is said how far they reach.
+ROOTED = {"offer": ["elicitation", "sampling", "roots"], "paths": {"dirs": ["/"]}}
+CONFIG = {"mcpServers": {"old": child("asks", **EIGHT, **ROOTED), "new": child("rounds", **EIGHT)}}
 
 
 def questions(nonce: str) -> list[Json]:
-    """Two rounds, the second of two asks."""
+    """Two rounds, the second of three asks."""
     return [
         {"first": form(f"first {nonce}")},
-        {"second": form(f"second {nonce}"), "model": sample(f"model {nonce}")},
+        {"second": form(f"second {nonce}"), "model": sample(f"model {nonce}"), "roots": ROOTS},
     ]
 
 
@@ -38,9 +40,13 @@ def arguments(server: str, nonce: str) -> Json:
 
 
 def words(params: Json) -> str:
-    """What an ask says: its message, or its prompt."""
-    text = params.get("message") or params["messages"][0]["content"]["text"]
-    return str(text)
+    """What an ask says: its message, or its prompt; one for roots says nothing."""
+    prompt = params.get("messages") or [{"content": {"text": ""}}]
+    return str(params.get("message") or prompt[0]["content"]["text"])
+
+
+def is_for(nonce: str, params: Json) -> bool:
+    return nonce in words(params).split() or not words(params)
 
 
 def answers_of(name: str) -> Answers:
@@ -52,6 +58,7 @@ def answers_of(name: str) -> Answers:
     return {
         "elicitation/create": filled,
         "sampling/createMessage": lambda params: said(f"{name}: {words(params)}"),
+        "roots/list": lambda params: {"roots": [{"uri": f"file:///{name}"}]},
     }
 
 
@@ -61,7 +68,8 @@ def right(name: str, nonce: str) -> Json:
         key: {"action": "accept", "content": {"name": f"{name}: {key} {nonce}"}}
         for key in ("first", "second")
     }
-    return {**filled, "model": said(f"{name}: model {nonce}")}
+    roots = {"roots": [{"uri": f"file:///{name}"}]}
+    return {**filled, "model": said(f"{name}: model {nonce}"), "roots": roots}
 
 
 async def client_of(gateway: Running, number: int) -> Client:
@@ -88,26 +96,28 @@ async def test_eight_clients_are_asked_eight_things_at_once_each_its_own(atrax: 
 
     pids = set()
     for number, (client, asked) in reversed(list(enumerate(waiting))):
-        nonce, answers = f"n{number}", answers_of(f"client {number}")
+        nonce, answers = f"n{number}", answers_of(f"client-{number}")
         params = {"name": "old__act", "arguments": arguments("old", nonce)}
         if isinstance(client, wire.Modern):
             answer = asked
             while wants(answer):
                 requests = answer.result["inputRequests"]
-                assert all(nonce in words(ask["params"]).split() for ask in requests.values())
+                assert all(is_for(nonce, ask.get("params", {})) for ask in requests.values())
                 given = {
-                    key: answers[ask["method"]](ask["params"]) for key, ask in requests.items()
+                    key: answers[ask["method"]](ask.get("params", {}))
+                    for key, ask in requests.items()
                 }
                 answer = await client.retry("tools/call", params, answer, given)
         else:
             messages, message = asked
             while "method" in message:
-                assert nonce in words(message["params"]).split()
-                await client.respond(message["id"], answers[message["method"]](message["params"]))
+                ask = message.get("params", {})
+                assert is_for(nonce, ask)
+                await client.respond(message["id"], answers[message["method"]](ask))
                 message = await anext(messages)
             answer = wire.Answer(200, {}, message)
         value = json.loads(answer.text)
-        assert value["answers"] == right(f"client {number}", nonce)
+        assert value["answers"] == right(f"client-{number}", nonce)
         pids.add(value["pid"])
     assert len(pids) == 8
 
@@ -118,14 +128,12 @@ async def test_fifty_clients_are_asked_at_once_and_no_answer_is_anothers(atrax: 
     most = 0
 
     async def good(number: int) -> None:
-        server, name, nonce = ("old", "new")[number // 2 % 2], f"client {number}", f"n{number}"
+        server, name, nonce = ("old", "new")[number // 2 % 2], f"client-{number}", f"n{number}"
         client = await client_of(gateway, number)
         person = Person(answers_of(name))
         done = await person.act(client, f"{server}__act", arguments(server, nonce))
         assert done.value["answers"] == right(name, nonce)
-        assert (
-            all(nonce in words(params).split() for _, params in done.asks) and len(done.asks) == 3
-        )
+        assert all(is_for(nonce, params) for _, params in done.asks) and len(done.asks) == 4
 
     async def declines() -> None:
         no: Answers = {"elicitation/create": lambda params: {"action": "decline"}}

@@ -418,6 +418,50 @@ async def test_a_repeated_retry_takes_over_from_one_that_still_runs(
     assert len(heard(tmp_path, answers=True)) == 1
 
 
+async def test_a_response_that_is_closed_while_its_call_runs_cancels_it_for_good(
+    atrax: Start, tmp_path: Path
+) -> None:
+    gateway = await atrax({"mcpServers": SERVERS})
+    client, other = gateway.modern(capabilities=ALL), gateway.modern(capabilities=ALL)
+    steps = [{"ask": {"a": form("a")}}, {"hold": "/never/there"}]
+    params = {"name": "old__act", "arguments": {"steps": steps}}
+    asked = await client.request("tools/call", params)
+    retry = asyncio.create_task(client.retry("tools/call", params, asked, {"a": ACCEPT}))
+    await eventually(lambda: bool(heard(tmp_path, answers=True)), "the answer did not arrive")
+
+    client.close()
+
+    await eventually(lambda: bool(heard(tmp_path, "notifications/cancelled")), "not cancelled")
+    late = await other.retry("tools/call", params, asked, {"a": ACCEPT})
+    assert late.code == -32602 and "again" in late.error["message"]
+    assert len(heard(tmp_path, answers=True)) == 1
+    retry.cancel()
+
+
+@promise("cells.asks")
+@on_one_gateway
+@pytest.mark.parametrize("to", ERAS)
+async def test_a_legacy_client_whose_stream_breaks_while_it_is_asked_answers_and_fetches_the_rest(
+    gateway: Running, to: str
+) -> None:
+    client = await gateway.legacy(capabilities=ALL)
+    arguments = script(to, {"a": form("a")}, {"b": form("b")})
+    exchange = await client.open("tools/call", {"name": tool_of(to), "arguments": arguments})
+    async for event in exchange.events():
+        if "elicitation/create" in event.data:
+            break
+    exchange.connection.abort()
+
+    assert await client.respond(json.loads(event.data)["id"], answer_of("a")) == 202
+
+    answer = wire.Answer(200, {})
+    client.answers = NAMES
+    async for message in (await client.listen(event.id)).messages():
+        await client.take(message, answer)
+    assert [ask["params"]["message"] for ask in answer.asks] == ["b"]
+    assert json.loads(answer.text)["answers"] == {"a": answer_of("a"), "b": answer_of("b")}
+
+
 async def test_a_legacy_answer_that_comes_twice_is_consumed_once(
     atrax: Start, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ const era = mode.startsWith("2") ? { pin: mode } : mode;
 async function call(name) {
   const client = new Client(
     { name, version: "1" },
-    { versionNegotiation: { mode: era }, capabilities: { elicitation: { form: {} }, sampling: {} } },
+    { versionNegotiation: { mode: era }, capabilities: { elicitation: { form: {} }, sampling: {}, roots: {} } },
   );
   client.setRequestHandler("elicitation/create", async (request) => ({
     action: "accept",
@@ -23,6 +23,7 @@ async function call(name) {
       stopReason: "endTurn",
     };
   });
+  client.setRequestHandler("roots/list", async () => ({ roots: [{ uri: `file:///${name}` }] }));
   await client.connect(new StreamableHTTPClientTransport(new URL(url)));
   const result = await client.callTool({ name: tool, arguments: JSON.parse(given.replaceAll("NONCE", name)) });
   await client.close();

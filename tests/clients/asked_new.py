@@ -27,9 +27,15 @@ async def call(name: str) -> str:
             role="assistant", content=content, model="m", stop_reason="endTurn"
         )
 
-    async with Client(
-        URL, mode=MODE, elicitation_callback=elicit, sampling_callback=sample
-    ) as client:
+    async def roots(context) -> types.ListRootsResult:
+        return types.ListRootsResult(roots=[types.Root(uri=f"file:///{name}")])
+
+    asked = {
+        "elicitation_callback": elicit,
+        "sampling_callback": sample,
+        "list_roots_callback": roots,
+    }
+    async with Client(URL, mode=MODE, **asked) as client:
         result = await client.call_tool(TOOL, json.loads(ARGUMENTS.replace("NONCE", name)))
         return result.content[0].text
 
