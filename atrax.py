@@ -1607,6 +1607,9 @@ class Pool(Protocol):
     def lease(
         self, server: str, owner: Owner | None, place: str, ready: Callable[[Link | Error], None]
     ) -> Lease: ...
+    def at(
+        self, server: str, owner: Owner, place: str
+    ) -> Link | Error: ...  # that one, free or not
     def gone(self, owner: Owner) -> None: ...
 
 
@@ -7789,6 +7792,7 @@ NEEDS: Final = {
     "completion/complete": "completions",
 }
 TASK_METHODS: Final = ("tasks/get", "tasks/update", "tasks/result", "tasks/cancel")
+UNHEARD: Final = 3600.0  # seconds that a task without a ttl counts as running
 TASKS: Final = 10_000  # tasks that are remembered; past it the oldest is forgotten, and so unknown
 
 
@@ -7869,6 +7873,9 @@ class Forward:
     def _lease(self) -> None:
         self.waiting = None
         call = self.call
+        if call.method in TASK_METHODS:  # of no open call, so it needs no free process
+            self._ready(self.gateway.pool.at(self.server, call.owner, call.place))
+            return
         lease = self.gateway.pool.lease(self.server, call.owner, call.place, self._ready)
         if self.handle is None and not self.over:
             self.waiting = lease
@@ -8249,12 +8256,20 @@ class Gateway:
 
 @dataclasses.dataclass(slots=True)
 class TaskHome:
-    """Where a task lives, whose it is, and what was last heard of it."""
+    """Where a task lives, whose it is, and what was last heard of it (and when, monotonic)."""
 
     server: str
     place: str
     principal: str
     task: dict[str, Json]
+    heard: float
+
+    def runs(self, now: float) -> bool:
+        """Whether it may still be at work: not known to be over, and younger than its `ttl`."""
+        if self.task.get("status") not in ("working", "input_required"):
+            return False
+        ttl = self.task.get("ttl", self.task.get("ttlMs"))
+        return now - self.heard < (ttl / 1000 if isinstance(ttl, (int, float)) else UNHEARD)
 
 
 class Tasks:
@@ -8262,7 +8277,8 @@ class Tasks:
 
     Ids are the children's own, so two servers may mint the same one: on /mcp it is the first's."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._homes: OrderedDict[tuple[str, str], TaskHome] = OrderedDict()
         self._first: dict[str, str] = {}  # id → the server that minted it first
 
@@ -8275,9 +8291,10 @@ class Tasks:
         seen: dict[str, Json] = task if isinstance(task, dict) else result
         home = self._homes.get((server, ident))
         if home is not None:
-            home.task = seen if home.principal == principal else home.task
+            if home.principal == principal:
+                home.task, home.heard = seen, self._clock()
             return
-        self._homes[server, ident] = TaskHome(server, place, principal, seen)
+        self._homes[server, ident] = TaskHome(server, place, principal, seen, self._clock())
         self._first.setdefault(ident, server)
         if len(self._homes) > TASKS:
             (old_server, old), _ = self._homes.popitem(last=False)
@@ -8295,6 +8312,11 @@ class Tasks:
         """Server and place of what `find` finds, for Subscriptions."""
         home = self.find(call, ident)
         return None if home is None else (home.server, home.place)
+
+    def run_at(self, place: str) -> bool:
+        """Whether a task may still be at work in that process: then it is in use."""
+        now = self._clock()
+        return any(home.place == place and home.runs(now) for home in self._homes.values())
 
     def of(self, endpoint: str, principal: str) -> list[Json]:
         """Every task that `find` would find."""
@@ -8404,6 +8426,8 @@ OWN_METHODS: Final = frozenset({
     "server/discover", "initialize", "ping", "logging/setLevel", "tools/list", "prompts/list",
     "resources/list", "resources/templates/list", "resources/subscribe", "resources/unsubscribe",
     "subscriptions/listen",
+    # A client's, but of no open call: what a task asks names the task.
+    "tasks/get", "tasks/update", "tasks/result", "tasks/cancel",
 })  # fmt: skip
 LIST_CHANGED: Final = {
     "notifications/tools/list_changed": (Kind.TOOLS,),
@@ -10125,8 +10149,9 @@ class Member:
         self.child.stop(patience)
 
     def in_use(self) -> bool:
-        """Whether a call is in flight or parked."""
-        return bool(self.talk.open_calls or self.waiting)
+        """Whether a call is in flight or parked, or a task runs."""
+        busy = bool(self.talk.open_calls or self.waiting)
+        return busy or self.nest.supervisor.works_on(self.place)
 
     def unused_since(self) -> float | None:
         """Since when it serves nobody; None while it does, or is not ready."""
@@ -10687,9 +10712,11 @@ class Supervisor:
         shelf: Shelf,
         clock: Callable[[], float],
         loop: asyncio.AbstractEventLoop,
+        works_on: Callable[[str], bool] = lambda place: False,
     ) -> None:
+        """`works_on` tells whether a process is in use beyond its calls (a task runs there)."""
         self.config, self.record, self.shelf = config, record, shelf
-        self.clock, self.loop = clock, loop
+        self.clock, self.loop, self.works_on = clock, loop, works_on
         self.eras: dict[tuple[str, ...], str] = {}  # what each command line turned out to be
         self._families = {name: Family(self, name, one) for name, one in config.servers.items()}
         self._members: dict[str, Member] = {}  # by place: each child that has not been buried
@@ -10757,6 +10784,14 @@ class Supervisor:
             return _Wait(owner, ready, now, member.waiting)
         member.used = now
         return _at_once(ready, member.talk)
+
+    def at(self, server: str, owner: Owner, place: str) -> Link | Error:
+        """The process at `place`, whether it is free or not (Pool)."""
+        family = self._families[server]
+        member = self._members.get(place)
+        if member is None or member.nest is not family.nest_of(owner) or member.offer is None:
+            return family.gone_error()
+        return member.talk
 
     def gone(self, owner: Owner) -> None:
         """`owner` is no more: end the children that were its own (Pool)."""
@@ -10930,11 +10965,11 @@ class Atrax:
         clock = loop.time
         key = config.key.encode() if config.key else secrets.token_bytes(32)
         self.policy = Policy(self.record)
-        self.supervisor = Supervisor(config, self.record, self, clock, loop)
+        tasks = Tasks(clock)
+        self.supervisor = Supervisor(config, self.record, self, clock, loop, tasks.run_at)
         self.catalogue = Catalogue(
             config, self.supervisor, self.record, clock, self.policy.definition, loop.call_later
         )
-        tasks = Tasks()
         self.subscriptions = Subscriptions(
             config, self.catalogue, self.supervisor, self.record, clock, tasks.home
         )

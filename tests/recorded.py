@@ -215,7 +215,7 @@ class Middle:
         )
         self.changes: list[tuple[str, str]] = []
         self.catalogue.watch.append(lambda kind, at: self.changes.append((kind.value, at)))
-        self.tasks = atrax.Tasks()
+        self.tasks = atrax.Tasks(lambda: 0.0)
         self.subscriptions = atrax.Subscriptions(
             self.config, self.catalogue, self.pool, self.record, self.time, self.tasks.home
         )
