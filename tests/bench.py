@@ -72,19 +72,20 @@ class Caller(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.buffer += data
         head = self.buffer.find(b"\r\n\r\n")
-        if head < 0:
-            return
-        start = self.buffer.lower().find(b"content-length:", 0, head)
-        if start < 0:
-            raise RuntimeError(f"no length in {self.buffer[:300]!r}")
-        length = int(self.buffer[start + 15 : self.buffer.find(b"\r\n", start)])
-        if len(self.buffer) < head + 4 + length:
+        if head < 0 or not self.whole(self.buffer[:head].lower(), head + 4):
             return
         if b" 200 " not in self.buffer[:20] or b'"error":' in self.buffer[head : head + 200]:
             raise RuntimeError(f"not an answer: {self.buffer[:600]!r}")
         self.times.append(time.perf_counter() - self.sent)
         self.buffer = b""
         self.call()
+
+    def whole(self, head: bytes, start: int) -> bool:
+        """Whether the body that begins at `start` has come; peers answer by chunked event streams."""
+        if b"transfer-encoding: chunked" in head:
+            return self.buffer.endswith(b"0\r\n\r\n")
+        length = head.partition(b"content-length:")[2].partition(b"\r\n")[0]
+        return len(self.buffer) >= start + int(length)
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self.over.done():

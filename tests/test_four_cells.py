@@ -1060,6 +1060,47 @@ async def test_a_legacy_clients_tasks_pass_on_both_endpoints(atrax: Start) -> No
     ).code == -32602
 
 
+@promise("cells.tasks")
+async def test_asking_for_a_task_needs_no_free_process(atrax: Start, tmp_path: Path) -> None:
+    go_on = tmp_path / "go on"
+    server = child("asks", "tasks", concurrency=1, processes=1)
+    gateway = await (await atrax({"mcpServers": {"old": server}})).ready()
+    client, other = await gateway.legacy("old"), await gateway.legacy("old")
+    steps = {"steps": [{"hold": "/never/there"}]}
+    made = await client.request("tools/call", {"name": "job", "arguments": steps, "task": {}})
+    ident = made.result["task"]["taskId"]
+    holding = asyncio.create_task(other.call("act", {"steps": [{"hold": str(go_on)}]}))
+    await eventually(lambda: len(heard(tmp_path, "tools/call")) == 2, "nobody holds the process")
+
+    got = await client.request("tasks/get", {"taskId": ident})
+    ended = await client.request("tasks/cancel", {"taskId": ident})
+
+    assert not holding.done() and got.result["status"] == "working"
+    assert ended.result["status"] == "cancelled"
+    go_on.touch()
+    assert (await holding).result
+
+
+@promise("cells.tasks")
+async def test_a_running_task_is_a_use_of_its_process(atrax: Start) -> None:
+    server = child("asks", "tasks", lazy=True, idle_stop=0.5)
+    idle = child("asks", "tasks", lazy=True, idle_stop=0.5)
+    gateway = await (await atrax({"mcpServers": {"old": server, "idle": idle}})).ready()
+    client = await gateway.legacy("old")
+    steps = {"steps": [{"awaited": True}]}
+    made = await client.request("tools/call", {"name": "job", "arguments": steps, "task": {}})
+    await (await gateway.legacy("idle")).call("act", {"steps": []})
+
+    async def idle_has_stopped() -> bool:
+        return (await gateway.status())["servers"]["idle"]["state"] == "stopped"
+
+    await eventually(idle_has_stopped, "the server without a task goes on")
+
+    assert (await gateway.status())["servers"]["old"]["state"] == "ready"
+    result = await client.request("tasks/result", {"taskId": made.result["task"]["taskId"]})
+    assert json.loads(result.text)["answers"] == {}
+
+
 async def state(client: wire.Modern, task: str, wanted: str) -> Json:
     """The task, once its status is the one wanted."""
     seen: list[Json] = []
