@@ -22,7 +22,7 @@ A section names only what stands above it.
     In        Http, Identity, Clients
     Middle    Catalogue, Subscriptions, Policy, Gateway
     Out       Servers, Containment, Child, Supervisor
-    Running   Endpoints, Atrax, Demo, Commands, Attachments
+    Running   Endpoints, Atrax, Demo, Commands
 """
 
 # ==== Boot ========================================================================
@@ -388,7 +388,6 @@ class HttpError(AtraxError):
 # environment, and what other MCP clients write. Must not know the running gateway.
 
 MIB: Final = 2**20
-LOOPBACK_NAMES: Final = ("localhost", "127.0.0.1", "::1")
 EMBEDDED: Final = ("files", "notes")  # what `"command": "bundled:NAME"` may name (section Demo)
 
 # Keys of the design that nothing in this build enforces. A protection that is accepted and then
@@ -446,7 +445,7 @@ _Url: TypeAlias = Annotated[str, Field(pattern=r"^https?://[^/\s@?#]+(/[^\s?#]*)
 
 
 class _Options(BaseModel):
-    # Strict: "4000" is no port and 1 is no bool. Frozen: a reload makes a new Config.
+    # Strict: "4000" is no port and 1 is no bool. Frozen: what was checked stays so.
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False
     )
@@ -545,7 +544,7 @@ class ServerConfig(_Options):
         default_factory=dict, repr=False, description="its environment, beside a short safe list"
     )
     cwd: _Text | None = _option(None, "its working directory", shown="the config's directory")
-    description: str = _option("", "a text for people")
+    description: str = _option("", "a note for who reads the file; not shown")
     disabled: bool = _option(False, "true: not started, not offered")
     protocol: Literal["auto", "legacy", "modern"] = _option("auto", "`auto` probes, others force")
     prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{0,64}$")] = _option(
@@ -910,7 +909,8 @@ class _ConfigReader:
             value = self.environ.get(match[1])
         if value is None:
             other = f"${{{inner}:-default}}"
-            self.wrong(f"the variable {inner} is not set; set it, or write {other}", *path)
+            name = inner.removeprefix("env:")
+            self.wrong(f"the variable {name} is not set; set it, or write {other}", *path)
         elif match is None or value != match[2]:
             self.secret(value)
         return value or ""
@@ -923,7 +923,8 @@ class _ConfigReader:
                 raise ValueError(f"more than {_SECRET_FILE} bytes")
             return data.decode()
         except (OSError, ValueError) as error:
-            self.wrong(f"cannot read {name}: {error}", *path)
+            why = error.strerror if isinstance(error, OSError) else error
+            self.wrong(f"cannot read {name}: {why}", *path)
             return ""
 
     def env_file(self, name: str, path: tuple[str, str]) -> dict[str, str]:
@@ -942,7 +943,9 @@ class _ConfigReader:
         # Line by line too: a child's stderr shows a key file one line at a time.
         for part in (value, *value.splitlines()) if isinstance(value, str) else ():
             if len(part) >= _SHORTEST_SECRET:
-                self.secrets.add(part)
+                # As JSON has it too: a quote or a backslash would hide it in a line that a child logs.
+                escaped = (json.dumps(part, ensure_ascii=ascii)[1:-1] for ascii in (True, False))
+                self.secrets |= {part, *escaped}
 
     # ---- the models ----
 
@@ -2559,7 +2562,7 @@ _DEFAULT_PORTS: Final = {"http": ":80", "https": ":443"}
 
 
 class Identity:
-    """Decides who may send requests. Made anew at each reload."""
+    """Decides who may send requests."""
 
     def __init__(self, config: Config) -> None:
         scheme, _, rest = (config.public_url or "").partition("://")
@@ -2692,6 +2695,7 @@ _BEAT: Final = 15.0  # seconds between comments on a stream; proxies cut what is
 _HELD: Final = 2**20  # bytes of progress and log messages that wait for a slow reader
 _GATHER: Final = 0.005  # seconds in which further asks join the round (CONFORMANCE, trap 5)
 _ROUNDS: Final = 10  # of `input_required` that are answered for a legacy client (PROTOCOL, Joining)
+_INTRODUCTION: Final = 2**16  # bytes of an initialize: what it says is kept as long as its session
 _BATCH: Final = 100  # messages in a batch; 4 MiB would hold 100,000 calls
 _KEPT: Final = 4 * 2**20  # bytes that one session's resumption store holds …
 _KEPT_EVENTS: Final = 1000  # … and events …
@@ -2980,7 +2984,7 @@ def _note_for(token: Json, level: str | None, notice: Notice) -> bytes | None:
             return None
         notice = Notice(method, {**params, "progressToken": token})
     elif method == "notifications/message" and (
-        level is None or _RANK.get(params.get("level", ""), 0) < _RANK[level]
+        level is None or _RANK.get(str(params.get("level", "")), 0) < _RANK[level]
     ):
         return None
     return write_notice(notice)
@@ -4445,6 +4449,8 @@ class LegacyClient:
         if asked in LEGACY:
             session.version = asked
         error = self.edge.check_request("initialize", params, session.version)
+        if len(visit.request.body) > _INTRODUCTION:
+            error = Error(INVALID_PARAMS, f"an initialize has {_INTRODUCTION:,} bytes at most")
         if error is not None:
             outlet.fail(message.id, error)
             return
@@ -7571,7 +7577,8 @@ def _before_query(text: str) -> str:
 
 
 # Ways to read a path otherwise than it is written; each on top of those before it.
-_READINGS: Final = (_unquoted, _unquoted, _alike, _tidy, _before_query)
+# Tidied first too: a URL parser drops the tab of "%\t2e" before it decodes it.
+_READINGS: Final = (_tidy, _unquoted, _unquoted, _alike, _tidy, _before_query)
 
 
 def _uri_path(uri: str) -> str | None:
@@ -9492,6 +9499,8 @@ def find_command(command: str, path: str, cwd: str | None) -> str:
     """The file to execute; raises Unstartable, which says more than a failed exec could."""
     if os.path.dirname(command):
         file = os.path.join(cwd or os.getcwd(), os.path.expanduser(command))
+        if os.path.isdir(file):
+            raise Unstartable(f'command "{command}" is a directory')
         if not os.path.isfile(file):
             raise Unstartable(f'command "{command}" does not exist')
         if not os.access(file, os.X_OK):
@@ -9503,6 +9512,8 @@ def find_command(command: str, path: str, cwd: str | None) -> str:
     if found is None:
         product = INSTALLED_BY.get(command)
         hint = f"Is {product} installed?" if product else "Is it installed?"
+        if " " in command:
+            hint = 'What follows the program belongs in "args"'
         raise Unstartable(f'command "{command}" not found on PATH. {hint}')
     return os.path.abspath(found)
 
@@ -9608,6 +9619,9 @@ def uncontained() -> list[str]:
 
 PIPE_SIZE: Final = 2**20  # of a child's stdout: 1 MiB results come 1.6 times faster than by 64 KiB
 STDIN_HIGH: Final = 2**20  # bytes that a child has not read; past it the process is not free
+STDIN_MOST: Final = 2**24  # bytes written on top of that (answers, notes); past it the process ends
+SPELL: Final = 0.005  # seconds that one pipe of a child may hold the loop, then others do
+REST: Final = 0.1  # seconds that a pause takes at most
 SMALL_PART: Final = 4096  # bytes; the parts of a long line are no smaller, so they are not too many
 STDERR_LINE: Final = 8192  # bytes of one line on stderr that are kept
 STDERR_RATE: Final = 200  # lines a second of one child that are logged
@@ -9803,6 +9817,8 @@ class Child:
         self.spoke_last = True
         self._stdin.write(b"\n".join(unsent))
         unsent.clear()
+        if self._stdin.unread > STDIN_MOST:
+            self.fail("does not read what it is sent")
 
     def _read(self, data: bytes) -> None:
         self._deliver(self._lines.feed(data))
@@ -9855,6 +9871,10 @@ class Child:
         self.fault = self.fault or fault
         self.kill()
 
+    def later(self, delay: float, then: Callable[[], None]) -> None:
+        """Have `then` called after `delay` seconds, whatever becomes of the process."""
+        self._loop.call_later(delay, then)
+
     def _after(self, delay: float, then: Callable[[], None]) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -9882,6 +9902,8 @@ class Child:
             os.close(self._pidfd)
         signal_group(self.pid, KILL)  # what it left behind in its group
         self._ending = _how(self._process.wait())
+        self._stdout.resume()
+        self._stderr.resume()
         self._after(DRAIN, self._end)
         self._drained()
 
@@ -9914,27 +9936,51 @@ class _PipeEnd(asyncio.Protocol):
     def __init__(self, child: Child, take: Callable[[bytes], None]) -> None:
         self._child, self._take = child, take
         self._transport: asyncio.Transport | None = None
+        self._full = False
+        self._spent, self._left = 0.0, 0.0  # seconds that the loop was held, and when that ended
+        self.unread = 0  # bytes that were written while the pipe was full
         self.closed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
+        """Take `data`; who writes without end pauses until the others had a turn, since uvloop reads
+        up to 8 MiB from one pipe before it looks at another, and longer if one chunk took long."""
+        since = time.monotonic()
         self._take(data)
+        self._left, before = time.monotonic(), self._left
+        self._spent = max(0.0, self._spent - (since - before)) + self._left - since
+        pipe = self._transport
+        if pipe is None or pipe.is_closing() or self._child.ending:
+            return
+        if self._spent > SPELL:
+            pipe.pause_reading()
+            self._child.later(min(max(0.0, self._spent - 10 * SPELL), REST), self.resume)
+            self._spent = 0.0
+
+    def resume(self) -> None:
+        """Read on, after a pause."""
+        pipe = self._transport
+        if pipe is not None and not pipe.is_closing() and not pipe.is_reading():
+            pipe.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport, self.closed = None, True
         self._child.mute()
 
     def pause_writing(self) -> None:
-        self._child.busy = True
+        self._full, self._child.busy = True, True
 
     def resume_writing(self) -> None:
+        self._full, self.unread = False, 0
         self._child.busy = self._child.ending  # no reason for calls if it is about to end
 
     def write(self, data: bytes) -> None:
         # A child that has gone: uvloop raises where asyncio does not.
         if self._transport is not None and not self._transport.is_closing():
+            if self._full:
+                self.unread += len(data)
             self._transport.write(data)
 
     def close(self) -> None:
@@ -10896,11 +10942,13 @@ class Endpoints:
     def paths(self) -> Iterable[str]:
         return self._pages.keys()
 
-    def handle(self, request: HttpRequest, reply: Reply) -> None:
-        """Answer one of `paths`."""
+    def handle(self, request: HttpRequest, reply: Reply, named: bool = True) -> None:
+        """Answer one of `paths`; only where `named` by a text that names servers."""
         if request.method not in ("GET", "HEAD"):
             raise HttpError(405, f"{request.path} is read with GET", [("Allow", "GET, HEAD")])
         status, content_type, body = self._pages[request.path]()
+        if not named:
+            body = encode({"status": json.loads(body)["status"]})
         reply.full(status, [("Content-Type", content_type), ("Cache-Control", "no-store")], body)
 
     def _health(self) -> tuple[int, str, bytes]:
@@ -11081,7 +11129,7 @@ class Atrax:
     def _route(self, request: HttpRequest, reply: Reply) -> None:
         path = request.path
         if path in Endpoints.OPEN:
-            self.endpoints.handle(request, reply)
+            self.endpoints.handle(request, reply, named=self._is_known(request))
             return
         principal = self.identity.check(request)
         if "origin" in request.headers:
@@ -11095,6 +11143,14 @@ class Atrax:
             self.endpoints.handle(request, reply)
         else:
             self._server_path(request, reply, principal)
+
+    def _is_known(self, request: HttpRequest) -> bool:
+        """Whether who sent `request` may see /status too: a rebound web page may not."""
+        try:
+            self.identity.check(request)
+        except HttpError:
+            return False
+        return True
 
     def _server_path(self, request: HttpRequest, reply: Reply, principal: str) -> None:
         """/servers/NAME/mcp, and the two paths of the 2024-11-05 transport with or without a server."""
@@ -11542,6 +11598,9 @@ For example, with this in config.json:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code: 0 fine, 1 the work failed, 2 wrong usage or config."""
+    # A stream that was closed before we came (`>&-`) is None here, and has no isatty or flush.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     try:
         return _command(list(sys.argv[1:] if argv is None else argv))
     except AtraxError as error:
@@ -11549,9 +11608,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit
     except KeyboardInterrupt:
         return 1
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
         # Whoever read us has seen enough; the interpreter must not flush into nothing at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if error.errno == errno.ENOSPC:
+            print(f"atrax: stdout cannot be written: {error.strerror}", file=sys.stderr)
         return 1
 
 
@@ -11615,7 +11678,7 @@ def check_command(argv: Sequence[str]) -> int:
         reports.append(await check(config, loop))
         return 0
 
-    with _waiting(f"starting {len(config.servers)} servers …"):
+    with _waiting("starting the servers …"):
         run(work)
     status, took = reports[0]
     if given.json:
@@ -11744,7 +11807,7 @@ def check_report(
             lines.append("  " + _printable(hidden))
     troubled = sum(server.get("state") in _FAILED for server in status.values())
     outcome = paint(f"{troubled} failed", "bad") if troubled else paint("all fine", "good")
-    total = f"{len(status)} servers in {took:.1f} s, {outcome}"
+    total = f"{len(status)} server{'s' * (len(status) != 1)} in {took:.1f} s, {outcome}"
     return "\n".join([*map(_printable, remarks), *lines, total])
 
 

@@ -51,9 +51,12 @@ import sys
 if sys.version_info < (3, 11):
     sys.exit("atrax: needs Python 3.11 or newer; this is " + sys.version.split()[0])
 
-import atrax
+try:
+    import atrax
 
-sys.exit(atrax.main())
+    sys.exit(atrax.main())
+except KeyboardInterrupt:  # while the imports run; main has its own
+    sys.exit(1)
 """
 
 # What nothing in the file imports, as globs on members. cffi and pycparser are compilers; of them

@@ -55,6 +55,10 @@ PROMISES: Final = {
         "The start-up screen shows the URL, each server with its state and tools, and how to connect.",
         "issue 4",
     ),
+    "serve.probes": Promise(
+        "/health and /ready are for every probe; what is not ready is named to who may see /status.",
+        "DESIGN, HTTP",
+    ),
     "start.waits": Promise(
         "A call to a server that is still starting waits for it; a list does not wait for a slow one.",
         "issue 4, item 2; DESIGN, Lists",
@@ -164,9 +168,6 @@ PROMISES: Final = {
     "paths.inside": Promise(
         "With `paths` no spelling of a path leaves the directories; odd but honest names pass.",
         "DESIGN, Paths; issue 6, item 3",
-    ),
-    "paths.roots": Promise(
-        "A client's roots never widen a shared server.", "PROTOCOL, Roots widen; issue 5, item 4"
     ),
     # Everything travels, in every cell
     "travels.list_changed": Promise(

@@ -967,6 +967,9 @@ def test_an_initialize_that_fails_makes_no_session(stand: Stand) -> None:
     told = stand.legacy(initialize())
     assert told.json["error"]["code"] == atrax.UNAVAILABLE and "mcp-session-id" not in told.headers
     stand.at_once = None
+    big = initialize()
+    big["params"]["clientInfo"]["title"] = "x" * 2**16  # it would be kept as long as the session
+    assert "bytes at most" in stand.legacy(big).json["error"]["message"]
     told = stand.legacy(rpc("initialize", {"protocolVersion": 1}))
     assert told.json["error"]["code"] == atrax.INVALID_PARAMS
     assert stand.clients.legacy.sessions == {}

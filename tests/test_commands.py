@@ -124,6 +124,27 @@ def test_a_reader_that_leaves_early_sees_no_traceback() -> None:
     assert (done.stdout, done.stderr) == ("{\n", "")
 
 
+@pytest.mark.parametrize(
+    ("to", "exit_code", "told"),
+    [
+        (">&-", 0, ""),
+        (">&- 2>&-", 0, ""),
+        (">/dev/full", 1, "atrax: stdout cannot be written: No space left on device\n"),
+    ],
+)
+@pytest.mark.parametrize("command", ["version", "schema", "check"])
+def test_a_stdout_that_takes_nothing_causes_no_traceback(
+    command: str, to: str, exit_code: int, told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"mcpServers": {}}')
+    line = f"'{sys.executable}' '{FILE}' {command} {to}"
+    done = subprocess.run(
+        line, shell=True, capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+
+    assert (done.returncode, done.stderr) == (exit_code, told)
+
+
 # ---- the screen ----
 
 

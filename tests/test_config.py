@@ -222,8 +222,10 @@ def test_what_came_from_outside_is_known_as_secret() -> None:
         server(args=["${TOKEN}"], env={"PEM": "line-one-x\nline-two-y", "DEBUG": "1"}),
         {"TOKEN": "s3cret-token"},
     )
+    quoted = load(server(args=["${TOKEN}"]), {"TOKEN": 'a"quoted\\one'})
 
     assert {"s3cret-token", "line-one-x", "line-two-y"} <= config.secrets
+    assert {'a"quoted\\one', 'a\\"quoted\\\\one'} <= quoted.secrets  # in a line of JSON too
     assert "1" not in config.secrets  # it would be cut out of every line of the log
     assert "s3cret-token" not in str(config.secrets - {"s3cret-token"})
 

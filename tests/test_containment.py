@@ -152,6 +152,11 @@ def test_a_child_of_a_gateway_that_is_gone_does_not_start() -> None:
             'command "no-such-thing" not found on PATH. Is it installed?',
         ),
         ({"command": "./server"}, 'command "./server" does not exist'),
+        ({"command": "/tmp"}, 'command "/tmp" is a directory'),
+        (
+            {"command": "npx -y x"},
+            'command "npx -y x" not found on PATH. What follows the program belongs in "args"',
+        ),
         ({"command": "/etc/passwd"}, 'command "/etc/passwd" is not executable'),
         ({"command": "/bin/true", "cwd": "/no/such"}, 'cwd "/no/such" is not a directory'),
     ],

@@ -907,6 +907,32 @@ async def test_a_retry_goes_to_the_process_that_made_the_state(
     assert (await holding).result
 
 
+@promise("cells.asks")
+async def test_a_state_that_the_sdk_sealed_goes_to_its_process(
+    atrax: Start, tmp_path: Path
+) -> None:
+    server = child("sealed", protocol="modern", processes=2, concurrency=1)
+    server["args"].remove("-S")  # it needs the SDK
+    gateway = await (await atrax({"mcpServers": {"new": server}})).ready()
+    client, params = gateway.modern(capabilities=ALL), {"name": "new__act", "arguments": {}}
+    asked = await client.request("tools/call", params)
+    [first] = (await server_of(gateway, "new"))["pids"]
+    go_on = tmp_path / "go on"
+    holding = asyncio.create_task(gateway.modern().call("new__hold", {"until": str(go_on)}))
+    await until(gateway, "new", "inFlight", 1)
+    # The second process is there and free, and still the retry waits for the first.
+    await gateway.modern(capabilities=ALL).request("tools/call", params)
+
+    [key] = asked.result["inputRequests"]
+    answers = {key: {"action": "accept", "content": {"name": "Ada"}}}
+    retry = asyncio.create_task(client.retry("tools/call", params, asked, answers))
+    await until(gateway, "new", "waiting", 1)
+    go_on.touch()
+
+    assert (await retry).text == f"{first} accept"
+    assert (await holding).text == "held"
+
+
 @on_one_gateway
 async def test_a_state_alone_brings_a_client_back_until_there_is_an_answer(
     gateway: Running,

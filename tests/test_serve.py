@@ -242,3 +242,13 @@ async def test_children_die_with_an_atrax_that_is_killed(atrax: Start) -> None:
     await gateway.process.wait()
 
     await eventually(lambda: not any(map(_alive, pids)), "children outlive Atrax", within=5)
+
+
+@promise("serve.probes")
+async def test_a_foreign_host_learns_whether_atrax_is_ready_and_no_names(atrax: Start) -> None:
+    gateway = await (await atrax({"mcpServers": {"secret-project": child("does")}})).ready()
+
+    for host, names in (({}, True), ({"Host": "evil.example.com"}, False)):
+        status, body = await gateway.get("/ready", host)
+        assert status == 200 and json.loads(body)["status"] == "ready"
+        assert ("waiting" in json.loads(body)) is names

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -359,6 +360,29 @@ async def test_a_flood_on_stderr_is_logged_in_part_and_counted() -> None:
         await home.until(lambda: home.said("child.stderr_dropped", "loud"))
         assert len(home.said("child.stderr", "loud")) <= 2 * atrax.STDERR_RATE
         assert "left out" in home.said("child.stderr_dropped", "loud")[0]
+
+
+@pytest.mark.parametrize("line", ["junk", '{"jsonrpc":"2.0","id":9999,"result":{}}'])
+async def test_a_child_that_writes_without_end_does_not_hold_the_loop(line: str) -> None:
+    async with house({"loud": does(), "other": does()}) as home:
+        await home.call("other", "pid").text()
+        flood = home.call("loud", "flood", line=line, seconds=2)
+        await asyncio.sleep(0.2)
+        since, answered = time.monotonic(), 0
+        while time.monotonic() - since < 1.5:
+            assert await home.call("other", "echo", text="heard").text() == "heard"
+            answered += 1
+            await asyncio.sleep(0.01)
+        assert answered > 5  # it was none
+        assert await flood.text() == "stopped"
+
+
+async def test_a_child_that_asks_without_end_and_reads_nothing_is_ended() -> None:
+    async with house({"deaf": does()}) as home:
+        ping = '{"jsonrpc":"2.0","id":"' + "x" * 1000 + '","method":"ping"}'
+        error = await home.call("deaf", "flood", line=ping, seconds=20).error()
+        assert error.code == atrax.CHILD_DIED
+        assert "does not read" in error.message
 
 
 async def test_a_secret_on_stderr_is_hidden_in_log_and_status() -> None:

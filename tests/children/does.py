@@ -11,6 +11,7 @@
     until        answers when the file `path` is there            or with "escape" in a session of its own
     cancellations  how many of its requests were cancelled
     calls        how many calls it got                  line      gives back the line that asked for it
+    flood        writes `line` again and again for `seconds`, and reads nothing
     say          writes `text` as it is; @ID@ in it is its own id, @OTHER@ that of a call that waits, @BAD@ no UTF-8
 
 A call with a progressToken is reported once, before anything is done.
@@ -124,6 +125,11 @@ def do(ident: int, what: str, order: dict) -> None:
         sys.stderr.write(("x" * order["size"] + "\n") * order["lines"])
         sys.stderr.flush()
         answer(ident, "written")
+    elif what == "flood":
+        until, lines = time.monotonic() + order["seconds"], (order["line"] + "\n").encode() * 1000
+        while time.monotonic() < until:
+            sys.stdout.buffer.write(lines)
+        answer(ident, "stopped")
     elif what == "long":
         sys.stdout.write("y" * order["size"] + "\n")
         answer(ident, "written")
