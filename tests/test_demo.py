@@ -9,14 +9,13 @@ from typing import Any
 
 import mcp_types as types
 import pytest
+from installed import ARCHIVE
 from mcp import Client
 from mcp.client.stdio import StdioServerParameters, stdio_client
 from mcp.client.subscriptions import ResourcesListChanged, ResourceUpdated
 
-import atrax
-
 ERAS = ["auto", "legacy"]
-FILE = atrax.__file__
+FILE = str(ARCHIVE)
 pytestmark = pytest.mark.parametrize("era", ERAS)
 
 Work = Callable[[Client], Coroutine[Any, Any, None]]

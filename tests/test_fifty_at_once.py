@@ -217,6 +217,7 @@ async def ask_all(gateway: Running, programs: list[tuple[str, ...]], each: int) 
     assert len(told) == len(processes) * each and set(told.values()) == {1}
 
 
+@pytest.mark.needs_install()  # 28 interpreters are too many for `quick`
 @promise("clients.real", "cells.asks")
 async def test_real_python_clients_of_both_eras_are_asked_by_children_of_both(atrax: Start) -> None:
     gateway = await (await atrax(CONFIG)).ready()
