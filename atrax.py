@@ -1432,11 +1432,105 @@ def write_error(ident: int | str | None, error: Error) -> bytes:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Grant:
+    """One set of servers and tools that somebody may use; None is all, empty is none (DESIGN, Who may what).
+
+    `tools`: pairs of a server and a glob on names as /mcp shows them. A glob belongs to one server, so
+    that no other can come under it by the name of a tool."""
+
+    servers: frozenset[str] | None = None
+    tools: frozenset[tuple[str, str]] | None = None
+
+
+class Scope:
+    """What a principal may use: anything that one of its grants allows. Equal grants are equal scopes.
+
+    The one view of rights: lists, calls, subscriptions, status and all else ask here and nowhere else."""
+
+    __slots__ = ("everything", "grants", "_hash", "_tools")
+
+    def __init__(self, grants: Iterable[Grant] = (Grant(),)) -> None:
+        self.grants = frozenset(grants)
+        self.everything = Grant() in self.grants
+        self._hash = hash(self.grants)
+        self._tools: dict[tuple[str, str], bool] = {}  # what was asked before
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Scope) and self.grants == other.grants
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def sees(self, server: str) -> bool:
+        """Whether there is such a server at all for its holder."""
+        return self.everything or any(
+            server in grant.servers
+            if grant.servers is not None
+            else grant.tools is None or any(owner == server for owner, _ in grant.tools)
+            for grant in self.grants
+        )
+
+    def whole(self, server: str) -> bool:
+        """Whether prompts, resources and completion of `server` are its holder's too."""
+        return self.everything or any(
+            server in grant.servers if grant.servers is not None else grant.tools is None
+            for grant in self.grants
+        )
+
+    def all_of(self, server: str) -> bool:
+        """Whether nothing of `server` is kept from its holder, what it may have tomorrow included."""
+        return self.everything or any(
+            grant.tools is None and (grant.servers is None or server in grant.servers)
+            for grant in self.grants
+        )
+
+    def tool(self, server: str, name: str) -> bool:
+        """Whether its holder may use that tool; `name` as /mcp shows it."""
+        if self.everything:
+            return True
+        allowed = self._tools.get((server, name))
+        if allowed is None:
+            if len(self._tools) >= _JUDGED:
+                self._tools.clear()
+            allowed = self._tools[server, name] = self._judge(server, name)
+        return allowed
+
+    def covers(self, other: Scope) -> bool:
+        """Whether all that `other` allows is allowed here too, as far as equal grants show it."""
+        return self.everything or other.grants <= self.grants
+
+    def _judge(self, server: str, name: str) -> bool:
+        return any(
+            (grant.servers is None or server in grant.servers)
+            and (
+                grant.tools is None
+                or any(
+                    owner == server and fnmatch.fnmatchcase(name, glob)
+                    for owner, glob in grant.tools
+                )
+            )
+            for grant in self.grants
+        )
+
+
+_JUDGED: Final = (
+    10_000  # verdicts on tools that one scope keeps; names come from servers and clients
+)
+EVERYTHING: Final = Scope()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Owner:
-    """Who a call belongs to: the principal, and for a legacy client its session too ("" for a modern one)."""
+    """Who a call belongs to: the principal, and for a legacy client its session too ("" for a modern one).
+
+    What it may use, and until when (seconds since the epoch), comes with it but does not make it
+    another one: the same principal may come with another token."""
 
     principal: str
     session: str = ""
+    scope: Scope = dataclasses.field(default=EVERYTHING, compare=False, repr=False)
+    expires: float = dataclasses.field(default=math.inf, compare=False, repr=False)
+    admin: bool = dataclasses.field(default=False, compare=False, repr=False)
 
 
 @dataclasses.dataclass(slots=True)
@@ -1462,6 +1556,7 @@ class Call:
         None  # Mcp-Param-* headers, lower-case name to raw value; None: legacy
     )
     address: str = ""  # the client's address, for the record
+    request: str = ""  # the id of the HTTP request that brought it, for the record
     any_output: bool = (
         True  # False: the client knows outputSchema and structuredContent of type object only
     )
@@ -1551,6 +1646,8 @@ class HttpRequest:
     # What a section has found out from the head *alone*: neither from address, TLS or body, nor from
     # the config or the time. The next request with the same head finds it here.
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    certificate: str = ""  # the subject of the client's certificate, where TLS asked for one
+    id: str = ""  # the request id: in the record, and in the answer's X-Request-Id
 
 
 class Handler(Protocol):
@@ -2554,7 +2651,7 @@ def _cannot_listen(unix_socket: str | None, host: str, port: int, error: OSError
 # (DNS rebinding; CVE-2025-49596 and others). So both are checked on every request, before
 # anything else, whatever the way of authentication (MCP 2026-07-28, Streamable HTTP, Security).
 
-ANONYMOUS: Final = "anonymous"
+ANONYMOUS: Final = Owner("anonymous")
 _REMEMBERED: Final = 256  # accepted spellings of Host; 127.0.0.0/8 with all ports has too many
 _LOOPBACK: Final = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|\[::1\]")
 _ANY_ADDRESS: Final = ("0.0.0.0", "::", "[::]")
@@ -2579,8 +2676,8 @@ class Identity:
         self._origins = frozenset(map(_spelled, origins))
         self._accepted: set[str] = set()
 
-    def check(self, request: HttpRequest) -> str:
-        """The principal that sent `request`; raises HttpError 403 for a foreign Host or Origin.
+    def check(self, request: HttpRequest) -> Owner:
+        """Who sent `request`, without a session; raises HttpError 403 for a foreign Host or Origin.
 
         1. Host: else a rebound name could pass for the page's own origin in 2. 2. Origin, where
         there is one. 3. Who it is. No rung: the path, since nothing is open but what the caller
@@ -2594,7 +2691,7 @@ class Identity:
             raise HttpError(
                 403, 'this Origin is not allowed; to allow a web page add it to "allowed_origins"'
             )
-        return self._principal()
+        return self._owner()
 
     def cors(self, request: HttpRequest) -> list[tuple[str, str]]:
         """What a response needs so that a page at an allowed origin can read it. After `check`."""
@@ -2647,7 +2744,7 @@ class Identity:
         own = _LOOPBACK.fullmatch(name) is not None or name in self._own
         return own and origin.lower() == f"{'https' if request.secure else 'http'}://{host}"
 
-    def _principal(self) -> str:
+    def _owner(self) -> Owner:
         """Who it is. Config admits `auth.type` none alone, so everybody is the same principal;
         tokens and OAuth will look at the Authorization header here, after Host and Origin."""
         return ANONYMOUS
@@ -2731,7 +2828,7 @@ class _Visit:
 
     request: HttpRequest
     reply: Reply
-    principal: str
+    owner: Owner  # without a session
     endpoint: str
     value: Json = None  # the decoded body
     session: _Session | None = None
@@ -2794,12 +2891,6 @@ def _take_meta(params: dict[str, Json]) -> int | str | None:
     for key in _ERA_META:
         meta.pop(key, None)
     return token
-
-
-@functools.lru_cache(1000)
-def _owner(principal: str) -> Owner:
-    """The owner of calls without a session; a frozen dataclass costs 0.4 us to make."""
-    return Owner(principal)
 
 
 _Item = TypeVar("_Item")
@@ -3162,7 +3253,7 @@ class ModernClient:
         capabilities, info = meta[META_CAPABILITIES], meta.get(META_CLIENT)
         level, token = meta.get(META_LOG_LEVEL), _take_meta(params)
         call = Call(
-            method, params, _owner(visit.principal), MODERN, visit.endpoint, capabilities, info,
+            method, params, visit.owner, MODERN, visit.endpoint, capabilities, info,
             level, token is not None, "", _mirrored(request), request.address,
         )  # fmt: skip
         kind = _ModernListen if method == "subscriptions/listen" else _ModernCall
@@ -3176,10 +3267,10 @@ class ModernClient:
         """End what `principal` has open; None: everybody."""
         waiting = [waiter for waiter in self.edge.silent if isinstance(waiter, _ModernCall)]
         for run in (*waiting, *self.streaming):
-            if principal in (None, run.principal):
+            if principal in (None, run.owner.principal):
                 run.stop(why)
         for parked in tuple(self.parking.calls.values()):
-            if principal in (None, parked.run.principal):
+            if principal in (None, parked.run.owner.principal):
                 self.parking.expire(parked, why)
 
     @property
@@ -3193,8 +3284,8 @@ class _ModernCall(_Caller):
     `reply` is None while no response is open: parked, or over."""
 
     __slots__ = (
-        "body", "client", "declared", "endpoint", "feed", "ident", "level", "method", "parked",
-        "prefill", "principal", "refused", "reply", "retried", "token",
+        "body", "client", "declared", "endpoint", "feed", "ident", "level", "method", "owner",
+        "parked", "prefill", "refused", "reply", "retried", "token",
     )  # fmt: skip
 
     def __init__(
@@ -3204,7 +3295,7 @@ class _ModernCall(_Caller):
         self.client, self.body = client, visit.request.body
         self.reply: Reply | None = visit.reply
         self.ident, self.token, self.level = ident, token, call.log_level
-        self.method, self.principal, self.endpoint = call.method, visit.principal, visit.endpoint
+        self.method, self.owner, self.endpoint = call.method, visit.owner, visit.endpoint
         self.declared = call.capabilities
         self.prefill: dict[str, Json] = {}  # `inputResponses` that came without a state
         self.retried = False
@@ -3341,7 +3432,7 @@ class _ModernCall(_Caller):
     def state(self, content: list[Json]) -> str:
         """`content` sealed for this call; it lives for `limits.park` seconds."""
         edge = self.client.edge
-        binding = _binding(self.principal, self.endpoint, self.body)
+        binding = _binding(self.owner.principal, self.endpoint, self.body)
         return edge.seal.state([round(edge.wall() + edge.limits.park, 3), *content], binding)
 
     def _result(self, outcome: Outcome) -> bytes:
@@ -3358,7 +3449,7 @@ class _ModernCall(_Caller):
         if cacheable:
             public = have.get("cacheScope", "public" if outcome.public else "private") == "public"
             # A child's `public` is meant for its own clients; ours differ in what they may see.
-            public = public and (outcome.public or self.principal == "anonymous")
+            public = public and (outcome.public or self.owner.principal == "anonymous")
             want["ttlMs"] = 0 if self.retried else have.get("ttlMs", outcome.ttl_ms or 0)
             want["cacheScope"] = "public" if public else "private"
         if all(have.get(key) == value for key, value in want.items()):
@@ -3578,12 +3669,12 @@ class _Parking:
         """Park `run` with one more question, or refuse the question where the owner has too many."""
         parked = run.parked
         if parked is None:
-            count = self.counts.get(run.principal, 0)
+            count = self.counts.get(run.owner.principal, 0)
             if count >= self.edge.limits.parked:
                 text = f"{count} calls of this client wait for answers already (limits.parked)"
                 run.answer(ask, _failed(f"{ask.method}: {text}"))
                 return
-            self.counts[run.principal] = count + 1
+            self.counts[run.owner.principal] = count + 1
             parked = run.parked = _Parked(self, run)
             self.extend(parked)
             self.edge.record.count("calls_parked")
@@ -3597,7 +3688,7 @@ class _Parking:
 
     def remember(self, parked: _Parked) -> None:
         """Keep the answer of an ended call for repeated retries; the oldest make room."""
-        self._uncount(parked.run.principal)
+        self._uncount(parked.run.owner.principal)
         self.extend(parked)
         self.remembered += parked.size
         while self.remembered > _ANSWERS_KEPT:
@@ -3609,7 +3700,7 @@ class _Parking:
         if parked.stage is _Stage.ENDED:
             self.remembered -= parked.size
         else:
-            self._uncount(parked.run.principal)
+            self._uncount(parked.run.owner.principal)
 
     def _uncount(self, principal: str) -> None:
         self.counts[principal] -= 1
@@ -3633,7 +3724,7 @@ class _Parking:
             run.prefill = dict(answers)
             run.begin(call)
             return
-        binding = _binding(run.principal, run.endpoint, run.body)
+        binding = _binding(run.owner.principal, run.endpoint, run.body)
         content = self.edge.seal.read(state, binding) if isinstance(state, str) else None
         if content is None or content[0] < self.edge.wall():
             run.give(Error(INVALID_PARAMS, _WRONG_STATE))
@@ -3678,7 +3769,7 @@ class _Parking:
         if parked.stage is not _Stage.PARKED:
             return
         run, text = parked.run, f"a parked call ended: {why}"
-        self.edge.record.emit("call.expired", message=text, principal=run.principal)
+        self.edge.record.emit("call.expired", message=text, principal=run.owner.principal)
         run.parked = None
         for ask in parked.asks.values():
             run.answer(ask, _unanswered(ask))
@@ -4366,7 +4457,7 @@ class LegacyClient:
         session = self.sessions.get(ident)
         if session is None or session.endpoint != visit.endpoint:
             return None
-        if session.owner.principal != visit.principal:
+        if session.owner.principal != visit.owner.principal:
             return None
         session.used = self.edge.now
         self.sessions.move_to_end(ident)
@@ -4397,8 +4488,8 @@ class LegacyClient:
     def _new_session(self, visit: _Visit, version: str) -> _Session:
         # The owner's name of the session is a number: the id is a secret, and owners show up in logs.
         self._serial += 1
-        owner = Owner(visit.principal, str(self._serial))
-        ident = self.edge.seal.session(visit.principal, visit.endpoint)
+        owner = dataclasses.replace(visit.owner, session=str(self._serial))
+        ident = self.edge.seal.session(visit.owner.principal, visit.endpoint)
         return _Session(ident, owner, visit.endpoint, version, self.edge.now)
 
     def admit(self, session: _Session) -> Error | None:
@@ -4519,8 +4610,9 @@ class LegacyClient:
         if visit.session is not None:
             call = visit.session.call(method, params)
         else:
-            owner = _owner(visit.principal)
-            call = Call(method, params, owner, visit.version, visit.endpoint, any_output=False)
+            call = Call(
+                method, params, visit.owner, visit.version, visit.endpoint, any_output=False
+            )
         call.progress, call.address = token is not None, visit.request.address
         return call
 
@@ -4594,7 +4686,7 @@ class LegacyClient:
                     call.stop(why)
                 self.end(session, why)
         for call in tuple(self.lone):
-            if principal in (None, call.visit.principal):
+            if principal in (None, call.visit.owner.principal):
                 call.stop(why)
 
 
@@ -4793,9 +4885,9 @@ class Clients:
         self.held: dict[_Feed, None] = {}  # streams whose reader is slow and whose notes wait
         self.modern, self.legacy = ModernClient(self), LegacyClient(self)
 
-    def handle(self, request: HttpRequest, reply: Reply, principal: str, endpoint: str) -> None:
+    def handle(self, request: HttpRequest, reply: Reply, owner: Owner, endpoint: str) -> None:
         """/mcp and /servers/NAME/mcp; raises HttpError."""
-        method, visit = request.method, _Visit(request, reply, principal, endpoint)
+        method, visit = request.method, _Visit(request, reply, owner, endpoint)
         if method == "POST":
             self._take(visit, self._post)
         elif method not in ("GET", "DELETE"):
@@ -4806,17 +4898,17 @@ class Clients:
         else:
             (self.legacy.get if method == "GET" else self.legacy.delete)(visit)
 
-    def sse(self, request: HttpRequest, reply: Reply, principal: str, endpoint: str) -> None:
+    def sse(self, request: HttpRequest, reply: Reply, owner: Owner, endpoint: str) -> None:
         """GET /sse of the 2024-11-05 transport; raises HttpError."""
         if request.method != "GET":
             raise HttpError(405, "this path is an event stream: send GET", (("Allow", "GET"),))
-        self.legacy.sse(_Visit(request, reply, principal, endpoint))
+        self.legacy.sse(_Visit(request, reply, owner, endpoint))
 
-    def messages(self, request: HttpRequest, reply: Reply, principal: str, endpoint: str) -> None:
+    def messages(self, request: HttpRequest, reply: Reply, owner: Owner, endpoint: str) -> None:
         """POST /messages of the 2024-11-05 transport; raises HttpError."""
         if request.method != "POST":
             raise HttpError(405, "this path takes messages: send POST", (("Allow", "POST"),))
-        self._take(_Visit(request, reply, principal, endpoint), self.legacy.messages)
+        self._take(_Visit(request, reply, owner, endpoint), self.legacy.messages)
 
     def _post(self, visit: _Visit) -> None:
         modern = _is_modern(visit.request.headers, visit.value)
@@ -11131,18 +11223,18 @@ class Atrax:
         if path in Endpoints.OPEN:
             self.endpoints.handle(request, reply, named=self._is_known(request))
             return
-        principal = self.identity.check(request)
+        owner = self.identity.check(request)
         if "origin" in request.headers:
             reply.extra = self.identity.cors(request)
         if request.method == "OPTIONS":
             reply.full(204, self.identity.preflight(request), b"")
             return
         if path == "/mcp":
-            self.clients.handle(request, reply, principal, "")
+            self.clients.handle(request, reply, owner, "")
         elif path in self.endpoints.paths:
             self.endpoints.handle(request, reply)
         else:
-            self._server_path(request, reply, principal)
+            self._server_path(request, reply, owner)
 
     def _is_known(self, request: HttpRequest) -> bool:
         """Whether who sent `request` may see /status too: a rebound web page may not."""
@@ -11152,7 +11244,7 @@ class Atrax:
             return False
         return True
 
-    def _server_path(self, request: HttpRequest, reply: Reply, principal: str) -> None:
+    def _server_path(self, request: HttpRequest, reply: Reply, owner: Owner) -> None:
         """/servers/NAME/mcp, and the two paths of the 2024-11-05 transport with or without a server."""
         path, endpoint = request.path, ""
         if path.startswith("/servers/"):
@@ -11163,11 +11255,11 @@ class Atrax:
                 )
             path = "/" + path
         if path == "/mcp" and endpoint:
-            self.clients.handle(request, reply, principal, endpoint)
+            self.clients.handle(request, reply, owner, endpoint)
         elif path == "/sse":
-            self.clients.sse(request, reply, principal, endpoint)
+            self.clients.sse(request, reply, owner, endpoint)
         elif path == "/messages":
-            self.clients.messages(request, reply, principal, endpoint)
+            self.clients.messages(request, reply, owner, endpoint)
         else:
             raise HttpError(404, "nothing is here; MCP is at /mcp and at /servers/NAME/mcp")
 

@@ -32,6 +32,7 @@ from atrax import (
     Limits,
     Notice,
     Outcome,
+    Owner,
     Record,
 )
 
@@ -192,7 +193,7 @@ class Stand:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         request = HttpRequest(method, "/mcp", "", headers, data, "127.0.0.1")
         try:
-            self.clients.handle(request, told, who, endpoint)
+            self.clients.handle(request, told, Owner(who), endpoint)
         except HttpError as error:
             told.full(error.status, [("Content-Type", "application/json"), *error.headers], b"{}")
         return told
@@ -445,7 +446,7 @@ def test_a_call_reaches_the_door_without_its_era(stand: Stand) -> None:
         "error",
         True,
     )
-    assert call.owner == atrax.Owner("ann") and call.mirrored == {"mcp-param-region": "eu"}
+    assert call.owner == Owner("ann") and call.mirrored == {"mcp-param-region": "eu"}
     assert call.capabilities == CAN_ALL and call.client == {"name": "c", "version": "1"}
     stand.tool()
     assert "_meta" not in stand.last.call.params
@@ -581,7 +582,7 @@ def test_closing_the_response_cancels(stand: Stand) -> None:
     request.headers = {
         "content-type": "application/json", "mcp-protocol-version": MODERN, "mcp-method": "tools/call", "mcp-name": "t",
     }  # fmt: skip
-    stand.clients.handle(request, stand_leaves[0], "a", "")
+    stand.clients.handle(request, stand_leaves[0], Owner("a"), "")
     assert stand.last.cancelled == ["the client closed the response"]
 
 
@@ -999,7 +1000,7 @@ def test_requests_without_a_session_are_served_as_far_as_they_need_none(stand: S
     call = stand.last.call
     assert (call.version, call.owner, call.any_output, call.mirrored) == (
         "2025-03-26",
-        atrax.Owner("anonymous"),
+        Owner("anonymous"),
         False,
         None,
     )
@@ -1573,7 +1574,7 @@ class Old:
     def __init__(self, stand: Stand, endpoint: str = "") -> None:
         self.stand, self.endpoint, self.told = stand, endpoint, Told()
         request = HttpRequest("GET", "/sse", "", {"accept": "text/event-stream"}, b"", "")
-        stand.clients.sse(request, self.told, "anonymous", endpoint)
+        stand.clients.sse(request, self.told, Owner("anonymous"), endpoint)
         self.path, _, self.query = self.told.events[0]["data"].partition("?")
 
     def send(self, body: Any, who: str = "anonymous") -> Told:
@@ -1581,7 +1582,7 @@ class Old:
         headers = {"content-type": "application/json"}
         request = HttpRequest("POST", self.path, self.query, headers, json.dumps(body).encode(), "")
         try:
-            self.stand.clients.messages(request, told, who, self.endpoint)
+            self.stand.clients.messages(request, told, Owner(who), self.endpoint)
         except HttpError as error:
             told.full(error.status, (), b"")
         return told

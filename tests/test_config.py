@@ -257,7 +257,7 @@ def test_public_url_is_an_allowed_host() -> None:
 
     for host in ("mcp.example.com", "mcp.example.com:8443", "localhost:4000"):
         request = atrax.HttpRequest("GET", "/mcp", "", {"host": host}, b"", "")
-        assert atrax.Identity(config).check(request) == "anonymous"
+        assert atrax.Identity(config).check(request) == atrax.ANONYMOUS
 
 
 def test_isolation_without_auth_is_remarked() -> None:

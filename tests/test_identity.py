@@ -44,7 +44,7 @@ PUBLIC = {
     ],
 )
 def test_a_host_that_names_this_gateway_is_served(config: dict[str, Any], host: str) -> None:
-    assert identity(**config).check(request(host=host)) == "anonymous"
+    assert identity(**config).check(request(host=host)) == atrax.ANONYMOUS
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_our_own_page_and_listed_origins_may_send(
 ) -> None:
     who = identity(**config)
     asked = request(host=host, origin=origin, secure=secure)
-    assert who.check(asked) == "anonymous"
+    assert who.check(asked) == atrax.ANONYMOUS
     assert ("Access-Control-Allow-Origin", origin) in who.cors(asked)
 
 
@@ -158,7 +158,7 @@ def test_a_foreign_origin_is_refused_with_the_key_that_allows_it(
 
 def test_without_an_origin_nothing_of_cors_is_sent() -> None:
     who = identity(**ORIGINS)
-    assert who.check(request(host="localhost")) == "anonymous"
+    assert who.check(request(host="localhost")) == atrax.ANONYMOUS
     assert who.cors(request(host="localhost")) == []
     assert who.preflight(request("OPTIONS", host="localhost")) == [
         ("Allow", "GET, POST, DELETE, OPTIONS")
@@ -188,4 +188,4 @@ def test_what_is_remembered_of_hosts_is_bounded() -> None:
     for port in range(1, 2000):
         who.check(request(host=f"127.0.0.1:{port}"))
     assert len(who._accepted) <= 256
-    assert who.check(request(host="127.0.0.1:65000")) == "anonymous"
+    assert who.check(request(host="127.0.0.1:65000")) == atrax.ANONYMOUS
