@@ -378,9 +378,16 @@ class RpcError(AtraxError):
 class HttpError(AtraxError):
     """An HTTP request that is answered by an error status, with a JSON body that says why (RFC 9110)."""
 
-    def __init__(self, status: int, message: str, headers: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        headers: Sequence[tuple[str, str]] = (),
+        event: str = "http.refused",
+    ) -> None:
         super().__init__(message)
         self.status, self.headers = status, headers
+        self.event = event  # what the record calls it; a security event has a name of its own
 
 
 # ==== Config ======================================================================
@@ -2688,9 +2695,8 @@ class Identity:
             self._check_host(host)
         origin = headers.get("origin")
         if origin is not None and not self._admits(origin, request):
-            raise HttpError(
-                403, 'this Origin is not allowed; to allow a web page add it to "allowed_origins"'
-            )
+            message = 'this Origin is not allowed; to allow a web page add it to "allowed_origins"'
+            raise HttpError(403, message, event="origin.refused")
         return self._owner()
 
     def cors(self, request: HttpRequest) -> list[tuple[str, str]]:
@@ -2725,9 +2731,8 @@ class Identity:
         known = host.lower()
         name = _without_port(known)
         if not (known in self._hosts or name in self._hosts or _LOOPBACK.fullmatch(name)):
-            raise HttpError(
-                403, 'this Host is not allowed; to serve under this name add it to "allowed_hosts"'
-            )
+            message = 'this Host is not allowed; to serve under this name add it to "allowed_hosts"'
+            raise HttpError(403, message, event="host.refused")
         if len(self._accepted) < _REMEMBERED:
             self._accepted.add(host)
 
@@ -11094,6 +11099,7 @@ def _gauges(servers: Mapping[str, Mapping[str, Json]], uptime: float) -> str:
 
 TICK: Final = 0.2  # seconds between two `wake` of everything that has deadlines
 FIRST_START: Final = 2.0  # seconds that the start-up screen waits for slow servers
+ALOUD: Final = (10, 60.0)  # lines in s that one kind of refusal may fill
 
 
 class Atrax:
@@ -11138,6 +11144,7 @@ class Atrax:
         self.endpoints = Endpoints(self.record, self.status)
         self.http = HttpServer(self, config.limits, self.record, clock)
         self.urls: list[str] = []
+        self._aloud: dict[str, Throttle] = {}  # by event
         self._ticking: asyncio.TimerHandle | None = None
 
     # ---- life ----
@@ -11208,15 +11215,30 @@ class Atrax:
         try:
             self._route(request, reply)
         except HttpError as error:
-            self.record.emit(
-                "http.refused",
-                "warning" if error.status == 403 else "debug",
-                status=error.status,
-                address=request.address,
-                message=f"{request.method} {request.path}: {error}",
-            )
+            self._refused(request, error)
             headers = [("Content-Type", "application/json"), *error.headers]
             reply.full(error.status, headers, encode({"error": {"message": str(error)}}))
+
+    def _refused(self, request: HttpRequest, error: HttpError) -> None:
+        """Record a refusal: security events aloud, a few of each a minute, so that who makes them
+        cannot fill the log; all are counted."""
+        if error.event == "http.refused":
+            level, more = "debug", 0
+        else:
+            now, level = self._loop.time(), "warning"
+            throttle = self._aloud.setdefault(error.event, Throttle(*ALOUD))
+            more = throttle.left_out(now)
+            if not throttle.passes(now):
+                self.record.count("events", event=error.event)
+                return
+        self.record.emit(
+            error.event,
+            level,
+            status=error.status,
+            address=request.address,
+            message=f"{request.method} {request.path}: {error}"
+            + (f" (and {more} more like it before)" if more else ""),
+        )
 
     def _route(self, request: HttpRequest, reply: Reply) -> None:
         path = request.path
