@@ -1108,11 +1108,18 @@ class Record:
     """The stream. Whatever is emitted here is free of `secrets` before anybody sees it."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
-        # Longest first: a secret that contains another one is hidden whole.
-        parts = sorted({secret for secret in secrets if secret}, key=len, reverse=True)
-        self._secrets = re.compile("|".join(map(re.escape, parts))) if parts else None
+        self._known: set[str] = set()
+        self._secrets: re.Pattern[str] | None = None
         self._watchers: list[Callable[[Event], None]] = []
         self.counters: dict[CounterKey, int] = {}
+        self.hide(secrets)
+
+    def hide(self, secrets: Iterable[str]) -> None:
+        """From now on these are hidden too. What was a secret stays one: it may be in use elsewhere."""
+        self._known.update(filter(None, secrets))
+        # Longest first: a secret that contains another one is hidden whole.
+        parts = sorted(self._known, key=len, reverse=True)
+        self._secrets = re.compile("|".join(map(re.escape, parts))) if parts else None
 
     def emit(self, event: str, level: str = "info", **fields: Json) -> None:
         """Publish `event`. `message`, where given, is a sentence for people; `server` names a server."""
@@ -2175,10 +2182,11 @@ class Stage(enum.Enum):
 class HttpReply:
     """One response on one connection (the `Reply` that handlers get)."""
 
-    __slots__ = ("_body", "_chunks", "_connection", "_stage", "closed", "extra", "stalled")
+    __slots__ = ("_body", "_chunks", "_connection", "_id", "_stage", "closed", "extra", "stalled")
 
-    def __init__(self, connection: Connection, chunks: bool, body: bool) -> None:
+    def __init__(self, connection: Connection, chunks: bool, body: bool, ident: str) -> None:
         self._connection, self._chunks, self._body = connection, chunks, body
+        self._id = ident.encode()  # of the request
         self._stage = Stage.WAITING
         self.closed: Callable[[], None] | None = None
         self.extra: Sequence[tuple[str, str]] = ()
@@ -2198,7 +2206,8 @@ class HttpReply:
         self._stage = Stage.OVER
         # RFC 9110, 8.6: no Content-Length in a 204.
         length = b"" if status == 204 else b"Content-Length: %d\r\n" % len(body)
-        self._connection.write(b"%b%b\r\n" % (start, length), body if self._body else b"")
+        start = b"%bX-Request-Id: %b\r\n%b\r\n" % (start, self._id, length)
+        self._connection.write(start, body if self._body else b"")
         self._connection.answered()
 
     def head(self, status: int, headers: Sequence[tuple[str, str]]) -> None:
@@ -2208,7 +2217,7 @@ class HttpReply:
         framing = b"Transfer-Encoding: chunked\r\n\r\n" if self._chunks else b"\r\n"
         start = _head(status, (*headers, *self.extra), self._connection.last)
         self._stage = Stage.OPEN
-        self._connection.write(start, framing)
+        self._connection.write(b"%bX-Request-Id: %b\r\n%b" % (start, self._id, framing))
 
     def write(self, data: bytes) -> None:
         """A part of the body."""
@@ -2364,13 +2373,14 @@ class Connection(asyncio.Protocol):
     def _answer(self, request: HttpRequest) -> None:
         self._enter(Phase.ANSWER)
         self.last = self._parser.last or self._server.draining
-        reply = self._reply = HttpReply(self, self._parser.chunks, request.method != "HEAD")
+        ident = request.id = self._server.next_id()
+        reply = self._reply = HttpReply(self, self._parser.chunks, request.method != "HEAD", ident)
         try:
             self._server.handler.handle(request, reply)
         except HttpError as error:
             reply.refuse(error)
         except Exception as error:  # a bug must cost one answer, not the connection or the loop
-            self._server.failed(f"{request.method} {request.path}", error)
+            self._server.failed(f"{request.method} {request.path}", error, request=ident)
             reply.refuse(HttpError(500, "internal error; the log has the details"))
 
     def answered(self) -> None:
@@ -2452,10 +2462,12 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self, error: HttpError) -> None:
         """Answer what is no request, and close."""
-        self._server.refused(self, error)
+        ident = self._server.next_id()  # what was no request has one too: who asks why can name it
+        self._server.refused(self, error, ident)
         self.last = True
         body = _error_body(error)
-        start = _head(error.status, (*JSON_HEADERS, *error.headers), True)
+        headers = (*JSON_HEADERS, *error.headers, ("X-Request-Id", ident))
+        start = _head.__wrapped__(error.status, headers, True)
         self.write(b"%bContent-Length: %d\r\n\r\n" % (start, len(body)), body)
         self._linger()
 
@@ -2536,6 +2548,8 @@ class HttpServer:
         self.draining = False
         self.held = 0  # bytes of unfinished bodies
         self.connections: set[Connection] = set()
+        # Of this process and no other, so that ids in the logs of several lives never meet.
+        self._ids, self._count = f"{secrets.token_hex(5)}-", itertools.count(1)
         self._addresses: dict[str, int] = {}
         self._listeners: list[asyncio.Server] = []
         self._socket_path = ""
@@ -2559,6 +2573,10 @@ class HttpServer:
         names = [sock.getsockname()[:2] for sock in listener.sockets]
         return [f"http://[{a}]:{p}" if ":" in a else f"http://{a}:{p}" for a, p in names]
 
+    def next_id(self) -> str:
+        """The id of one more request. Cheap (0.1 us) and unique; it is no secret."""
+        return f"{self._ids}{next(self._count):x}"
+
     def admit(self, connection: Connection) -> HttpError | None:
         """Count a new connection; why it is not served, if so."""
         self.connections.add(connection)
@@ -2577,19 +2595,19 @@ class HttpServer:
         if not self._addresses[connection.address]:
             del self._addresses[connection.address]
 
-    def refused(self, connection: Connection, error: HttpError) -> None:
+    def refused(self, connection: Connection, error: HttpError, ident: str) -> None:
         """Record what was no request. On debug: who floods us must not fill the log."""
         self.record.count("http_refused", status=str(error.status))
         self.record.emit(
-            "http.refused", "debug", status=error.status, address=connection.address,
+            "http.refused", "debug", request=ident, status=error.status, address=connection.address,
             message=f"{connection.address or 'a local client'}: {error}",
         )  # fmt: skip
 
-    def failed(self, what: str, error: Exception) -> None:
-        """Record a bug in a handler; the client learns nothing of it."""
+    def failed(self, what: str, error: Exception, **of: str) -> None:
+        """Record a bug in a handler; the client learns nothing of it but the id of its request."""
         lines = "".join(traceback.format_exception(error))
         message = f"{what}: {error!r}"
-        self.record.emit("internal.error", "error", message=message, traceback=lines)
+        self.record.emit("internal.error", "error", **of, message=message, traceback=lines)
 
     def wake(self, now: float) -> None:
         """Once a second: end connections that took too long."""
@@ -2706,7 +2724,10 @@ class Identity:
             return []
         return [
             ("Access-Control-Allow-Origin", origin),
-            ("Access-Control-Expose-Headers", "Mcp-Session-Id, Retry-After, WWW-Authenticate"),
+            (
+                "Access-Control-Expose-Headers",
+                "Mcp-Session-Id, Retry-After, WWW-Authenticate, X-Request-Id",
+            ),
             ("Vary", "Origin"),
         ]
 
@@ -3259,7 +3280,7 @@ class ModernClient:
         level, token = meta.get(META_LOG_LEVEL), _take_meta(params)
         call = Call(
             method, params, visit.owner, MODERN, visit.endpoint, capabilities, info,
-            level, token is not None, "", _mirrored(request), request.address,
+            level, token is not None, "", _mirrored(request), request.address, request.id,
         )  # fmt: skip
         kind = _ModernListen if method == "subscriptions/listen" else _ModernCall
         run = kind(self, visit, message.id, token, call)
@@ -4554,7 +4575,7 @@ class LegacyClient:
         session.info = params["clientInfo"]
         opening = _Initialize(outlet, visit, b"", message.id, None, made=session)
         call = session.call("server/discover", {})
-        call.address = visit.request.address
+        call.address, call.request = visit.request.address, visit.request.id
         opening.begin(call)
 
     # ---- messages ----
@@ -4619,6 +4640,7 @@ class LegacyClient:
                 method, params, visit.owner, visit.version, visit.endpoint, any_output=False
             )
         call.progress, call.address = token is not None, visit.request.address
+        call.request = visit.request.id
         return call
 
     def _incoming(self, session: _Session | None, message: Notice | Response) -> None:
@@ -11185,6 +11207,31 @@ class Atrax:
         except Exception as error:
             self.record.emit("internal.error", "error", message=f"{step}: {error!r}")
 
+    async def reload(self, load: Callable[[], Config]) -> None:
+        """Take over what may change at SIGHUP: who may come in (`auth`).
+
+        The whole file is read and checked, in a thread, since a disk may hang. What is new is made
+        complete before anything is swapped, so a mistake changes nothing; after that nothing waits
+        until those who may have less have less. All other keys need a restart, and the log says so."""
+        try:
+            new = await asyncio.to_thread(load)
+            self.record.hide(new.secrets)
+            if new.auth.type != self.config.auth.type:
+                raise UsageError('"auth.type" needs a restart: it decides where Atrax may listen')
+            config = self.config.model_copy(update={"auth": new.auth})
+            identity = Identity(config)
+        except AtraxError as error:
+            why = "; ".join(str(error).splitlines())
+            self.record.emit("reload.failed", "error", message=f"nothing was changed: {why}")
+            return
+        changed = ["auth"] if config.auth != self.config.auth else []
+        self.config, self.identity = config, identity
+        later = _differing(config, new)
+        message = f"took over {', '.join(changed) or 'nothing new'} from the config"
+        if later:
+            message += f"; these need a restart: {', '.join(later)}"
+        self.record.emit("reload.done", changed=changed, restart=later, message=message)
+
     def tick(self) -> None:
         """Tell every section with deadlines what time it is, now and from now on."""
         now = self._loop.time()
@@ -11234,6 +11281,7 @@ class Atrax:
         self.record.emit(
             error.event,
             level,
+            request=request.id,
             status=error.status,
             address=request.address,
             message=f"{request.method} {request.path}: {error}"
@@ -11296,6 +11344,16 @@ class Atrax:
         }
 
 
+def _differing(old: Config, new: Config) -> list[str]:
+    """The keys in which two configs differ; servers by name."""
+    keys = [key for key in _keys(Config) if key != "mcpServers"]
+    names = [*old.servers, *(name for name in new.servers if name not in old.servers)]
+    return [
+        *(key for key in keys if getattr(old, key) != getattr(new, key)),
+        *(f"mcpServers.{one}" for one in names if old.servers.get(one) != new.servers.get(one)),
+    ]
+
+
 def _raise_descriptor_limit() -> None:
     """As many descriptors as the system lets us have: 1,024 is far below limits.connections."""
     try:
@@ -11329,25 +11387,40 @@ def run(work: Callable[[asyncio.AbstractEventLoop], Coroutine[Any, Any, int]]) -
 
 
 async def serve(
-    config: Config,
+    load: Callable[[], Config],
     loop: asyncio.AbstractEventLoop,
     show: Callable[[list[str], dict[str, dict[str, Json]], Config], None],
 ) -> int:
-    """Serve until SIGINT or SIGTERM; a second one ends the drain at once.
+    """Serve what `load` gives until SIGINT or SIGTERM; a second one ends the drain at once.
 
-    `show` gets the URLs and the status once every server has settled, or FIRST_START has passed."""
+    SIGHUP loads it again. `show` gets the URLs and the status once every server has settled, or FIRST_START has passed."""
+    config = load()
     atrax = Atrax(config, loop)
     log = Log(config.log.level, config.log.format, sys.stderr)
     atrax.record.watch(log)
     stopping: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.put_nowait, number)
+    hangups = asyncio.Event()  # and no queue: two at once are one
+    terminal = sys.stderr.isatty()
+
+    def hang_up() -> None:
+        # A terminal that was closed sends it too; then it is gone, and we go as we would have.
+        if terminal and not sys.stderr.isatty():
+            stopping.put_nowait(signal.SIGHUP)
+        hangups.set()
+
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        loop.add_signal_handler(signal.SIGHUP, hang_up)
+    reloading: asyncio.Task[None] | None = None
     try:
         await atrax.start()
         await _until(
             lambda: all(item["settled"] for item in atrax.status().values()), FIRST_START, stopping
         )
         show(atrax.urls, atrax.status(), config)
+        # Owned here, cancelled below: a reload that hangs must not hold up the end.
+        reloading = loop.create_task(_reload_at(hangups, atrax, load))
         first = await stopping.get()
         atrax.record.emit("atrax.stopping", message=f"{first.name}: stopping")
         # Ctrl-C means now; SIGTERM comes from an init system that lets calls in flight finish.
@@ -11361,8 +11434,17 @@ async def serve(
             await atrax.stop(0.0)
         again.cancel()
     finally:
+        if reloading is not None:
+            reloading.cancel()
         log.close()
     return 0
+
+
+async def _reload_at(hangups: asyncio.Event, atrax: Atrax, load: Callable[[], Config]) -> None:
+    """Reload at each SIGHUP, one after the other."""
+    while await hangups.wait():
+        hangups.clear()
+        await atrax.reload(load)
 
 
 async def _until(
@@ -11776,8 +11858,8 @@ def serve_command(argv: Sequence[str]) -> int:
     overrides = {key: value for key, value in given.items() if value is not None}
     if "socket" in overrides and len(overrides) > 1:
         parser.error("--socket is instead of --host and --port")
-    config = Config.load(path, overrides=overrides)
-    return run(lambda loop: serve(config, loop, show_startup))
+    load = functools.partial(Config.load, path, overrides=overrides)
+    return run(lambda loop: serve(load, loop, show_startup))
 
 
 def check_command(argv: Sequence[str]) -> int:
