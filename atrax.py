@@ -40,6 +40,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import datetime
 import enum
 import errno
 import fnmatch
@@ -231,9 +232,11 @@ try:
     import orjson
     from pydantic import (
         BaseModel,
+        BeforeValidator,
         ConfigDict,
         Field,
         ValidationError,
+        WithJsonSchema,
         field_validator,
         model_validator,
     )
@@ -384,10 +387,12 @@ class HttpError(AtraxError):
         message: str,
         headers: Sequence[tuple[str, str]] = (),
         event: str = "http.refused",
+        **fields: Json,
     ) -> None:
         super().__init__(message)
         self.status, self.headers = status, headers
-        self.event = event  # what the record calls it; a security event has a name of its own
+        # For the record alone; a security event has a name of its own.
+        self.event, self.fields = event, fields
 
 
 # ==== Config ======================================================================
@@ -400,7 +405,7 @@ EMBEDDED: Final = ("files", "notes")  # what `"command": "bundled:NAME"` may nam
 # Keys of the design that nothing in this build enforces. A protection that is accepted and then
 # ignored is worse than none, so each is refused by name until its feature lands and its row leaves.
 UNENFORCED: Final = frozenset({
-    "auth.tokens", "auth.issuer", "auth.audience", "auth.jwks", "auth.grants",
+    "auth.issuer", "auth.audience", "auth.jwks", "auth.grants",
     "tls", "trusted_proxies", "log.audit", "replicas", "name",
     "mcpServers.*.sandbox", "mcpServers.*.container",
     "mcpServers.*.pin", "mcpServers.*.clean",
@@ -519,11 +524,75 @@ class LogConfig(_Options):
     format: Literal["text", "json"] = _option("text", "for people or for machines")
 
 
+def _instant(value: Json) -> float:
+    """A point in time, written as ISO 8601 (UTC without a zone), in seconds since the epoch."""
+    try:
+        read = datetime.datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        raise ValueError('must be a time, as "2030-12-31" or "2030-12-31T18:00:00Z"') from None
+    return (read if read.tzinfo else read.replace(tzinfo=datetime.UTC)).timestamp()
+
+
+_Instant: TypeAlias = Annotated[
+    float, BeforeValidator(_instant), WithJsonSchema({"type": "string"})
+]
+
+
+class Rights(_Options):
+    """What somebody may use; without either list, everything (DESIGN, Who may what)."""
+
+    servers: list[str] | None = _option(None, "only these servers", shown="all")
+    tools: list[str] | None = _option(
+        None, "only these tools: globs on names as `/mcp` shows them", shown="all"
+    )
+
+
+class Token(Rights):
+    """A bearer token, which makes its holder the principal `name`."""
+
+    name: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,128}$")] = Field(
+        description="whose it is: the principal"
+    )
+    hash: str | None = _option(
+        None, "its hash, as `atrax token NAME` prints it: `sha256:` and 64 hex digits", shown="none"
+    )
+    token: Annotated[str, Field(min_length=16)] | None = Field(
+        default=None, repr=False, description="or the token itself, from `${VAR}` or `${file:PATH}`",
+        json_schema_extra={"shown": "none"},
+    )  # fmt: skip
+    expires: _Instant | None = _option(
+        None, "until when it is valid: ISO 8601, UTC without a zone", shown="never"
+    )
+    admin: bool = _option(False, "may restart, stop and start servers, and see all events")
+
+    @field_validator("hash")
+    @classmethod
+    def _digest(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"sha256:[0-9a-fA-F]{64}", value):
+            raise ValueError(
+                'must be "sha256:" and 64 hex digits: python atrax.pyz token NAME prints it'
+            )
+        return value
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the token."""
+        if self.hash is not None:
+            return bytes.fromhex(self.hash.removeprefix("sha256:"))
+        return hashlib.sha256((self.token or "").encode()).digest()
+
+
+_AUTH_KEYS: Final = {"unsafe": "none", "tokens": "token"}  # key: the `auth.type` it belongs to
+
+
 class Auth(_Options):
     """How clients prove who they are."""
 
-    type: Literal["none"] = _option("none", "`none`: everybody who reaches the port may call")
+    type: Literal["none", "token"] = _option(
+        "none", "`none`: everybody who reaches the port may call; `token`: who has one of `tokens`"
+    )
     unsafe: bool = _option(False, "allows `none` on a host that other machines can reach")
+    tokens: list[Token] = _option(list, "with `token`: the bearer tokens")
 
 
 def _server_schema(schema: dict[str, Json]) -> None:
@@ -642,6 +711,21 @@ class Config(_Options):
     servers: dict[str, ServerConfig] = Field(
         alias="mcpServers", default_factory=dict, description="the servers, each under its name"
     )
+
+    @property
+    def asks_who(self) -> bool:
+        """Whether a client has to prove who it is."""
+        return self.auth.type != "none"
+
+    def server_of(self, glob: str) -> str | None:
+        """The one server whose tools `glob` can name, on /mcp; None: it names no server's prefix.
+
+        That with the longest prefix and separator before the first wildcard: "git__*" must not come
+        to mean the tools of another server, whatever that one calls them."""
+        head = re.split(r"[*?[]", glob, maxsplit=1)[0]
+        prefixes = {server.prefix: name for name, server in self.servers.items()}
+        fitting = [one for one in prefixes if one and head.startswith(one + self.separator)]
+        return prefixes.get(max(fitting, key=len, default=""))
 
     # Not written by the user: what reading found.
     remarks: SkipJsonSchema[list[str]] = Field(default_factory=list, exclude=True)
@@ -806,6 +890,11 @@ class _ConfigReader:
         if "key" in raw:
             raw["key"] = self.expanded(raw["key"], "key")
             self.secret(raw["key"])
+        if isinstance(auth := raw.get("auth"), dict):
+            raw["auth"] = auth = self.expanded(auth, "auth")
+            tokens = auth.get("tokens")
+            for entry in tokens if isinstance(tokens, list) else ():
+                self.secret(entry.get("token") if isinstance(entry, dict) else None)
         if isinstance(raw.get("socket"), str):
             raw["socket"] = os.path.join(self.folder, raw["socket"])
         if isinstance(servers := raw.get("mcpServers"), dict):
@@ -978,18 +1067,16 @@ class _ConfigReader:
         else:
             # pydantic's own words, which never hold the value: that may be a secret.
             message = _WRONG.get(kind) or item["msg"].replace("Input should", "must")
-            if path == ("auth", "type"):
-                message += ": this build does not enforce any other yet"
             self.wrong(message, *path)
 
     def unknown(self, path: tuple[str | int, ...]) -> None:
-        key, general = str(path[-1]), [str(part) for part in path]
+        key, general = str(path[-1]), ["[]" if isinstance(part, int) else part for part in path]
         if general[0] == "mcpServers" and len(general) > 1:
             general[1] = "*"
         if ".".join(general) in UNENFORCED:
             self.wrong(f'this build does not enforce "{key}" yet, so it refuses it', *path)
             return
-        home = ".".join(general[:-1]).replace("*", "NAME") or "the top level"
+        home = ".".join(general[:-1]).replace("*", "NAME").replace(".[]", "[]") or "the top level"
         hint = _near(key, _keys(_HOMES[home])) if home in _HOMES else ""
         homes = [home for home, model in _HOMES.items() if key in _keys(model)]
         if not hint and homes:
@@ -1006,11 +1093,12 @@ class _ConfigReader:
                 message = f'"{server.prefix}" is the prefix of "{taken[server.prefix]}" too'
                 self.wrong(message, "mcpServers", self.originals.get(name, name), "prefix")
             taken.setdefault(server.prefix, name)
+        self.judge_auth(config)
         reachable = not config.socket and not is_loopback(config.host)
-        if reachable and not config.auth.unsafe:
+        if reachable and not config.asks_who and not config.auth.unsafe:
             message = (
                 f'"{config.host}" can be reached from other machines, and nothing asks who calls.'
-                ' Listen on 127.0.0.1, or say "auth": {"type": "none", "unsafe": true}'
+                ' Listen on 127.0.0.1, set "auth", or say "auth": {"type": "none", "unsafe": true}'
             )
             self.wrong(message, "host")
         if reachable and not config.allowed_hosts and not config.public_url:
@@ -1019,9 +1107,50 @@ class _ConfigReader:
         if not config.servers:
             self.remark("no server is left to start", "mcpServers")
         isolated = [name for name, server in config.servers.items() if server.isolation != "shared"]
-        if isolated:
+        if isolated and not config.asks_who:
             names = ", ".join(isolated)
             self.remark(f"without auth all modern clients are one principal to {names}", "auth")
+
+    def judge_auth(self, config: Config) -> None:
+        """Keys of another type of auth, and what is wrong between tokens, servers and tools."""
+        auth = config.auth
+        for key in sorted(auth.model_fields_set & set(_AUTH_KEYS)):
+            if _AUTH_KEYS[key] != auth.type:
+                self.wrong(f'belongs to "type": "{_AUTH_KEYS[key]}"', "auth", key)
+        if auth.type == "token" and not auth.tokens:
+            message = "nobody could come in; python atrax.pyz token NAME makes a token"
+            self.wrong(message, "auth", "tokens")
+        names, digests = dict[str, int](), dict[bytes, str]()
+        for at, token in enumerate(auth.tokens):
+            path = ("auth", "tokens", at)
+            self.judge_rights(config, token, *path)
+            if (token.hash is None) == (token.token is None):
+                self.wrong('needs either "hash" or "token"', *path)
+                continue
+            if names.setdefault(token.name, at) != at:
+                self.wrong(f'"{token.name}" is the name of another token too', *path, "name")
+            elif (other := digests.setdefault(token.digest, token.name)) != token.name:
+                self.wrong(f'the same token as that of "{other}"', *path)
+            if token.expires is not None and token.expires <= time.time():
+                self.remark("has passed, so this token is refused", *path, "expires")
+
+    def judge_rights(self, config: Config, rights: Rights, *path: str | int) -> None:
+        """Servers that are not there, and globs that can be of none: they would grant nothing."""
+        for at, name in enumerate(rights.servers or ()):
+            if name not in config.servers:
+                slugs = (slug for slug, original in self.originals.items() if original == name)
+                known = next((f'It is called "{slug}" here' for slug in slugs), "")
+                hint = known or _near(name, config.servers)
+                self.wrong(f'there is no server "{name}". {hint}'.strip(), *path, "servers", at)
+        for at, glob in enumerate(rights.tools or ()):
+            server = config.server_of(glob)
+            if server is None:
+                example = next((one.prefix for one in config.servers.values()), "NAME")
+                message = f'"{glob}" is of no server: write "{example}{config.separator}*", or leave "tools" out for all'
+                self.wrong(message, *path, "tools", at)
+            elif rights.servers is not None and server not in rights.servers:
+                message = f'"{glob}" allows nothing: "{server}" is not among "servers"'
+                self.remark(message, *path, "tools", at)
 
 
 # ---- What the options are, for `schema`, README and hints ----
@@ -1035,6 +1164,7 @@ _HOMES: Final[dict[str, type[_Options]]] = {
     "mcpServers.NAME.paths": Paths,
     "log": LogConfig,
     "auth": Auth,
+    "auth.tokens[]": Token,
 }
 
 
@@ -2681,12 +2811,58 @@ _REMEMBERED: Final = 256  # accepted spellings of Host; 127.0.0.0/8 with all por
 _LOOPBACK: Final = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|\[::1\]")
 _ANY_ADDRESS: Final = ("0.0.0.0", "::", "[::]")
 _DEFAULT_PORTS: Final = {"http": ":80", "https": ":443"}
+_BEARER: Final = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.IGNORECASE)  # RFC 6750, 2.1
+WRONG_TOKENS: Final = 10  # from one address in WRONG_WINDOW seconds; the next ones get 429
+WRONG_WINDOW: Final = 60.0
+_WRONG_ADDRESSES: Final = 10_000  # that are remembered, the latest ones
+
+
+class WrongTokens:
+    """Who sent wrong tokens lately, by address; bounded. `now` is monotonic, in seconds."""
+
+    def __init__(self) -> None:
+        self._times: OrderedDict[str, deque[float]] = OrderedDict()
+
+    def add(self, address: str, now: float) -> int:
+        """One more from `address`; 0, or if there were too many, in how many seconds it may try again."""
+        network = _network(address)
+        times = self._times.setdefault(network, deque(maxlen=WRONG_TOKENS))
+        self._times.move_to_end(network)
+        if len(self._times) > _WRONG_ADDRESSES:
+            self._times.popitem(last=False)
+        if len(times) == WRONG_TOKENS and now - times[0] < WRONG_WINDOW:
+            return math.ceil(WRONG_WINDOW - (now - times[0]))
+        times.append(now)
+        return 0
+
+
+def _network(address: str) -> str:
+    """`address`, or of IPv6 its first 64 bits: whoever has one address there has all of them."""
+    if ":" not in address:
+        return address
+    try:
+        return str(ipaddress.ip_network((address.partition("%")[0], 64), strict=False))
+    except ValueError:
+        return address
+
+
+def scope_of(config: Config, rights: Rights) -> Scope:
+    """What `rights` of the config come to."""
+    tools = servers = None
+    if rights.servers is not None:
+        servers = frozenset(rights.servers)
+    if rights.tools is not None:
+        pairs = ((config.server_of(glob), glob) for glob in rights.tools)
+        tools = frozenset((server, glob) for server, glob in pairs if server is not None)
+    return Scope([Grant(servers, tools)])
 
 
 class Identity:
-    """Decides who may send requests."""
+    """Decides who may send requests.
 
-    def __init__(self, config: Config) -> None:
+    `before`: the one that this one replaces at a reload; what it learnt of attackers goes on."""
+
+    def __init__(self, config: Config, before: Identity | None = None) -> None:
         scheme, _, rest = (config.public_url or "").partition("://")
         public = rest.partition("/")[0]
         # Without its port too: proxies pass either on (nginx: $http_host, $host).
@@ -2700,13 +2876,30 @@ class Identity:
         origins = [*config.allowed_origins, *([f"{scheme}://{public}"] if public else [])]
         self._origins = frozenset(map(_spelled, origins))
         self._accepted: set[str] = set()
+        self._type = config.auth.type
+        # Made once, so that what others keep by owner or scope is found again.
+        self._tokens = {
+            token.digest: Owner(
+                token.name,
+                scope=scope_of(config, token),
+                expires=math.inf if token.expires is None else token.expires,
+                admin=token.admin,
+            )
+            for token in config.auth.tokens
+        }
+        self._wrong: WrongTokens = WrongTokens() if before is None else before._wrong
 
     def check(self, request: HttpRequest) -> Owner:
-        """Who sent `request`, without a session; raises HttpError 403 for a foreign Host or Origin.
+        """Who sent `request`, without a session; raises HttpError 403, 401 or 429.
 
         1. Host: else a rebound name could pass for the page's own origin in 2. 2. Origin, where
         there is one. 3. Who it is. No rung: the path, since nothing is open but what the caller
         does not bring here (/health, /ready)."""
+        self.admit(request)
+        return self.owner(request)
+
+    def admit(self, request: HttpRequest) -> None:
+        """The first two rungs; raises HttpError 403 for a foreign Host or Origin."""
         headers = request.headers
         host = headers.get("host", "")
         if host not in self._accepted:
@@ -2715,7 +2908,59 @@ class Identity:
         if origin is not None and not self._admits(origin, request):
             message = 'this Origin is not allowed; to allow a web page add it to "allowed_origins"'
             raise HttpError(403, message, event="origin.refused")
-        return self._owner()
+
+    def owner(self, request: HttpRequest) -> Owner:
+        """The last rung; raises HttpError 401, or 429 for an address that guesses.
+
+        Only the Authorization header is looked at: a URL stands in logs, histories and Referer."""
+        if self._type == "none":
+            return ANONYMOUS
+        # The digest follows from the head alone, so it is found once (HttpRequest.facts).
+        digest = request.facts.get("bearer") or _bearer(request)
+        if digest is None:
+            raise self._unproven()
+        # No time tells of a secret here: a dict compares keyed hashes of digests, and only an equal
+        # one to the byte. A secret that begins like another has nothing in common with it.
+        owner = self._tokens.get(digest)
+        if owner is None:
+            if wait := self._wrong.add(request.address, time.monotonic()):
+                text = f"too many wrong tokens from here; try again in {wait} s"
+                raise HttpError(429, text, [("Retry-After", str(wait))], "auth.slowed")
+            raise self._unproven("the token is not known here, or malformed")
+        # Not counted as wrong: it is no guess, and who gets 429 would not fetch a new one.
+        if owner.expires <= time.time():
+            raise self._unproven("the token has expired", principal=owner.principal)
+        return owner
+
+    def stands(self, owner: Owner, now: float) -> bool:
+        """Whether what `owner` opened, a stream, a session or a parked call, may go on; `now`: epoch.
+
+        After a reload: the principal is still there and has lost nothing. And it has not expired."""
+        if owner.expires <= now:
+            return False
+        if self._type == "none":
+            return owner.principal == ANONYMOUS.principal
+        return any(
+            same.principal == owner.principal
+            and same.expires > now
+            and same.scope.covers(owner.scope)
+            and same.admin >= owner.admin
+            for same in self._tokens.values()
+        )
+
+    def _unproven(self, wrong: str = "", **fields: Json) -> HttpError:
+        """401 with its challenge (RFC 6750, 3); `wrong`: what is the matter with the token, if one was sent."""
+        challenge = 'Bearer realm="atrax"'
+        if not wrong:
+            text = (
+                'a token is needed: send the header "Authorization: Bearer TOKEN"; whoever runs '
+                "this gateway makes one with: python atrax.pyz token NAME"
+            )
+            return HttpError(401, text, [("WWW-Authenticate", challenge)])
+        challenge += f', error="invalid_token", error_description="{wrong}"'
+        headers = [("WWW-Authenticate", challenge)]
+        text = f"{wrong}; ask whoever runs this gateway for one"
+        return HttpError(401, text, headers, "auth.failed", **fields)
 
     def cors(self, request: HttpRequest) -> list[tuple[str, str]]:
         """What a response needs so that a page at an allowed origin can read it. After `check`."""
@@ -2770,10 +3015,19 @@ class Identity:
         own = _LOOPBACK.fullmatch(name) is not None or name in self._own
         return own and origin.lower() == f"{'https' if request.secure else 'http'}://{host}"
 
-    def _owner(self) -> Owner:
-        """Who it is. Config admits `auth.type` none alone, so everybody is the same principal;
-        tokens and OAuth will look at the Authorization header here, after Host and Origin."""
-        return ANONYMOUS
+
+def _bearer(request: HttpRequest) -> bytes | None:
+    """SHA-256 of the token in `request`; None if there is none.
+
+    Another scheme than Bearer is none. Two headers in one never match (RFC 9110, 5.3)."""
+    value = request.headers.get("authorization")
+    if value is None or not value[:7].lower().startswith("bearer"):
+        return None
+    match = _BEARER.fullmatch(value)
+    # What is malformed gets a digest that no token can have.
+    digest = hashlib.sha256(match[1].encode()).digest() if match else b"malformed"
+    request.facts["bearer"] = digest
+    return digest
 
 
 def _bracketed(host: str) -> str:
@@ -11284,6 +11538,7 @@ class Atrax:
             request=request.id,
             status=error.status,
             address=request.address,
+            **error.fields,
             message=f"{request.method} {request.path}: {error}"
             + (f" (and {more} more like it before)" if more else ""),
         )
@@ -11293,9 +11548,14 @@ class Atrax:
         if path in Endpoints.OPEN:
             self.endpoints.handle(request, reply, named=self._is_known(request))
             return
-        owner = self.identity.check(request)
+        self.identity.admit(request)
         if "origin" in request.headers:
-            reply.extra = self.identity.cors(request)
+            reply.extra = self.identity.cors(request)  # a page must be able to read a refusal too
+            # A browser cannot send a token with its preflight (Fetch, CORS-preflight fetch).
+            if request.method == "OPTIONS" and "access-control-request-method" in request.headers:
+                reply.full(204, self.identity.preflight(request), b"")
+                return
+        owner = self.identity.owner(request)
         if request.method == "OPTIONS":
             reply.full(204, self.identity.preflight(request), b"")
             return
@@ -11780,6 +12040,7 @@ usage: python atrax.pyz COMMAND
     --socket PATH        listen on a Unix socket
   check [config.json]    start every server once; print what each offers and how long it took
     --json               the same for programs
+  token NAME             make a bearer token for NAME; print it once, and its entry for auth.tokens
   schema                 print the JSON Schema of the config
   version                print version, Python, platform and native modules
 
@@ -11886,6 +12147,27 @@ def check_command(argv: Sequence[str]) -> int:
     return int(any(server["state"] in (*_FAILED, "starting") for server in status.values()))
 
 
+def token_command(argv: Sequence[str]) -> int:
+    """A new bearer token and its entry for the config; nothing is kept."""
+    parser = _Arguments("token")
+    parser.add_argument("name", metavar="NAME")
+    name = parser.parse_args(argv).name
+    token = "atrax_" + secrets.token_urlsafe(32)
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    entry = {"name": name, "hash": f"sha256:{digest}"}
+    try:
+        Token.model_validate(entry)
+    except ValidationError:
+        parser.error("NAME must have 1 to 128 characters and no control characters")
+    # The words to stderr, so that a script reads nothing but the token and its entry.
+    print("The token, shown this once; give it to its holder and to nobody else:", file=sys.stderr)
+    print(token, flush=True)
+    place = '"auth": {"type": "token", "tokens": [ … ]}'
+    print(f"Its entry for {place} in the config:", file=sys.stderr)
+    print(json.dumps(entry, ensure_ascii=False))
+    return 0
+
+
 def schema_command(argv: Sequence[str]) -> int:
     """The JSON Schema of the config."""
     _Arguments("schema").parse_args(argv)
@@ -11909,6 +12191,7 @@ def version_command(argv: Sequence[str]) -> int:
 COMMANDS: Final[dict[str, Callable[[Sequence[str]], int]]] = {
     "serve": serve_command,
     "check": check_command,
+    "token": token_command,
     "schema": schema_command,
     "version": version_command,
 }

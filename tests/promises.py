@@ -120,6 +120,33 @@ PROMISES: Final = {
     "lists.equal_names": Promise(
         "Of names that become equal the first in config order is kept.", "DESIGN, Lists"
     ),
+    # Who may do what
+    "auth.token": Promise(
+        "With tokens everything but /health and /ready needs one, in the Authorization header alone.",
+        "DESIGN, HTTP; RFC 6750",
+    ),
+    "auth.hashes": Promise(
+        "`atrax token` prints a token once; the config needs no more than its hash.",
+        "DESIGN, Commands",
+    ),
+    "auth.expiry": Promise(
+        "A token is refused from the moment it expires.", "DESIGN, Config, auth"
+    ),
+    "auth.one_answer": Promise(
+        "A refusal does not tell one wrong token from another.", "DESIGN, Safe by default"
+    ),
+    "auth.slowed": Promise(
+        "After 10 wrong tokens in a minute an address gets 429 with Retry-After; a right one still passes.",
+        "DESIGN, Safe by default",
+    ),
+    "auth.browsers": Promise(
+        "A page at an allowed origin can read a refusal, and its preflight needs no token.",
+        "issue 6; Fetch, CORS-preflight fetch",
+    ),
+    "auth.events": Promise(
+        "A refused token, Host or Origin is an event with a name of its own, counted always, told a few times a minute.",
+        "issue 6, Seen",
+    ),
     # What breaks
     "crash.isolated": Promise(
         "A child that dies fails only its own calls (1000); its server comes back.",

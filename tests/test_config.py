@@ -22,6 +22,14 @@ def server(**keys: Any) -> dict[str, Any]:
     return {"mcpServers": {"git": {"command": "git-mcp", **keys}}}
 
 
+HASH = "sha256:" + 64 * "a"
+TOKEN = {"name": "a", "hash": HASH}
+
+
+def tokens(*entries: dict[str, Any], **auth: Any) -> dict[str, Any]:
+    return {**server(), "auth": {"type": "token", "tokens": list(entries), **auth}}
+
+
 def errors(config: Any, environ: dict[str, str] = NOTHING, **overrides: Any) -> list[str]:
     with pytest.raises(UsageError) as caught:
         load(config, environ, **overrides)
@@ -120,8 +128,25 @@ MISTAKES = {
     "open host": ({**server(), "host": "0.0.0.0"}, 'host: "0.0.0.0" can be reached from other machines'),
     "host by name": ({**server(), "host": "localhost.evil.example"}, "can be reached from other"),
     "auth without type": ({**server(), "host": "::", "auth": {}}, 'host: "::" can be reached'),
-    "auth": ({**server(), "auth": {"type": "token"}}, "auth.type: must be 'none': this build does not enforce any other yet"),
+    "no tokens": ({**server(), "auth": {"type": "token"}}, "auth.tokens: nobody could come in; python atrax.pyz token NAME"),
     "unknown auth": ({**server(), "auth": {"type": "x"}}, "auth.type: must be 'none'"),
+    "auth of another type": ({**server(), "auth": {"tokens": [TOKEN]}}, 'auth.tokens: belongs to "type": "token"'),
+    "unsafe token": (tokens(TOKEN, unsafe=True), 'auth.unsafe: belongs to "type": "none"'),
+    "token typo": (tokens({**TOKEN, "sever": []}), 'auth.tokens[0].sever: unknown key. Did you mean "servers"?'),
+    "token without name": (tokens({"hash": HASH}), "auth.tokens[0].name: is missing"),
+    "token twice": (tokens(TOKEN, {"name": "a", "token": "x" * 16}), 'auth.tokens[1].name: "a" is the name of another token'),
+    "same token": (tokens(TOKEN, {**TOKEN, "name": "b"}), 'auth.tokens[1]: the same token as that of "a"'),
+    "hash and token": (tokens({**TOKEN, "token": "x" * 16}), 'auth.tokens[0]: needs either "hash" or "token"'),
+    "neither": (tokens({"name": "a"}), 'auth.tokens[0]: needs either "hash" or "token"'),
+    "short token": (tokens({"name": "a", "token": "x" * 15}), "auth.tokens[0].token: String should have at least 16"),
+    "no hash": (tokens({"name": "a", "hash": "sha256:12"}), 'auth.tokens[0].hash: must be "sha256:" and 64 hex digits'),
+    "other hash": (tokens({"name": "a", "hash": "md5:" + 64 * "a"}), 'auth.tokens[0].hash: must be "sha256:"'),
+    "expires": (tokens({**TOKEN, "expires": "tomorrow"}), 'auth.tokens[0].expires: must be a time, as "2030-12-31"'),
+    "expires as number": (tokens({**TOKEN, "expires": 5}), "auth.tokens[0].expires: must be a time"),
+    "missing secret": (tokens({"name": "a", "token": "${NOPE}"}), "auth.tokens[0].token: the variable NOPE is not set"),
+    "servers of a token": (tokens({**TOKEN, "servers": ["gti"]}), 'auth.tokens[0].servers[0]: there is no server "gti". Did you mean "git"?'),
+    "glob of all": (tokens({**TOKEN, "tools": ["*"]}), '"*" is of no server: write "git__*", or leave "tools" out for all'),
+    "glob of none": (tokens({**TOKEN, "tools": ["git__a", "gi*"]}), 'auth.tokens[0].tools[1]: "gi*" is of no server'),
     "audit": ({**server(), "log": {"audit": "a"}}, 'log.audit: this build does not enforce "audit"'),
     "tls": ({**server(), "tls": {}}, 'tls: this build does not enforce "tls" yet'),
     "sandbox": (server(sandbox={}), 'mcpServers.git.sandbox: this build does not enforce "sandbox"'),
@@ -266,6 +291,54 @@ def test_isolation_without_auth_is_remarked() -> None:
     assert any("one principal" in remark for remark in config.remarks)
 
 
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [
+        ("2030-01-01", 1893456000),
+        ("2030-01-01T00:00:00", 1893456000),
+        ("2030-01-01T01:00:00+01:00", 1893456000),
+        ("2029-12-31T23:59:59.5Z", 1893455999.5),
+    ],
+)
+def test_a_time_without_a_zone_is_utc(written: str, seconds: float) -> None:
+    config = load(tokens({**TOKEN, "expires": written}))
+
+    assert config.auth.tokens[0].expires == seconds
+
+
+def test_tokens_open_a_host_and_are_told_of_what_they_cannot_do() -> None:
+    mine = {"name": "b", "token": "${B}", "servers": ["git"], "expires": "2020-01-01"}
+    two = {
+        "git": {"command": "a", "isolation": "principal"},
+        "bare": {"command": "b", "prefix": ""},
+    }
+    config = load(
+        {**tokens(mine, {**TOKEN, "tools": ["*"], "servers": ["git"]}), "mcpServers": two, "host": "0.0.0.0",
+         "public_url": "https://a.example"},
+        {"B": "the-secret-of-b-1"},
+    )  # fmt: skip
+
+    assert "the-secret-of-b-1" in config.secrets
+    assert "the-secret-of-b-1" not in repr(config)
+    assert [remark.partition(": ")[2] for remark in config.remarks] == [
+        "auth.tokens[0].expires: has passed, so this token is refused",
+        'auth.tokens[1].tools[0]: "*" allows nothing: "bare" is not among "servers"',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("glob", "owner"),
+    [("a__*", "a"), ("a__b", "a"), ("a__b__c", "ab"), ("a__[bc]__*", "a"), ("a_*", "bare"), ("*", "bare")],
+)  # fmt: skip
+def test_a_glob_is_of_the_server_with_the_longest_prefix_before_its_wildcard(
+    glob: str, owner: str
+) -> None:
+    names = {"a": "a", "ab": "a__b", "bare": ""}
+    servers = {name: {"command": "x", "prefix": prefix} for name, prefix in names.items()}
+
+    assert load({"mcpServers": servers}).server_of(glob) == owner
+
+
 def test_a_bundled_server_runs_this_file() -> None:
     _, file, *rest = load(server(command="bundled:files", args=["."])).servers["git"].argv
 
@@ -278,6 +351,9 @@ ACCEPTED = [
     {"mcpServers": {"far": {"url": "https://example.com"}}},
     {"$schema": "x", "servers": {"a": {"type": "stdio", "command": "x", "envFile": "/dev/null"}}},
     server(tools=["*"], autoApprove=[], disabledTools=["x"], restart={"backoff": [1, 2]}),
+    tokens(
+        {**TOKEN, "servers": ["git"], "tools": ["git__*"], "expires": "2030-01-01", "admin": True}
+    ),
     {**server(), "host": "::1", "limits": {"rate": None, "body": 5}, "log": {"format": "json"}},
 ]
 
@@ -290,7 +366,7 @@ def test_the_schema_accepts_what_the_reader_accepts(config: Any) -> None:
 
 SHAPES = ["typo", "top typo", "nested typo", "field of ours", "wrong type", "port as text",
           "port range", "no bool", "null", "no command", "server is text", "no servers", "protocol",
-          "offer", "no process", "zero timeout", "backoff shape", "auth", "audit", "tls", "sandbox",
+          "offer", "no process", "zero timeout", "backoff shape", "unknown auth", "token typo", "audit", "tls", "sandbox",
           "short key"]  # fmt: skip
 
 

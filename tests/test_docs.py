@@ -28,7 +28,7 @@ def test_every_command_is_documented_and_every_documented_command_exists() -> No
             re.MULTILINE,
         )
     )
-    usage = set(re.findall(r"^  (\w+)(?: \[config.json\]|  +)", atrax.USAGE, re.MULTILINE))
+    usage = set(re.findall(r"^  (\w+)(?: \[config.json\]| NAME|  +)", atrax.USAGE, re.MULTILINE))
     assert documented == usage == set(atrax.COMMANDS)
 
 
