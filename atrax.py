@@ -1281,11 +1281,16 @@ class Record:
         self._watchers.append(watcher)
         return lambda: self._watchers.remove(watcher)
 
-    def metrics(self) -> str:
-        """All counters in the text format of Prometheus (exposition format 0.0.4)."""
+    def metrics(self, shows: Callable[[str], bool] | None = None) -> str:
+        """All counters in the text format of Prometheus (exposition format 0.0.4).
+
+        With `shows`, those alone that are of one server which it allows."""
         lines: list[str] = []
         last = ""
         for key, number in sorted(self.counters.items(), key=lambda item: str(item[0])):
+            servers = [pair[1] for pair in key[1:] if pair[0] == "server"]
+            if shows is not None and not any(map(shows, servers)):
+                continue
             name = f"atrax_{key[0]}_total"
             if name != last:
                 lines.append(f"# TYPE {name} counter")
@@ -1632,6 +1637,8 @@ class Scope:
         """Whether its holder may use that tool; `name` as /mcp shows it."""
         if self.everything:
             return True
+        if len(name) > _LONGEST_JUDGED:
+            return self._judge(server, name)
         allowed = self._tools.get((server, name))
         if allowed is None:
             if len(self._tools) >= _JUDGED:
@@ -1660,6 +1667,7 @@ class Scope:
 _JUDGED: Final = (
     10_000  # verdicts on tools that one scope keeps; names come from servers and clients
 )
+_LONGEST_JUDGED: Final = 1_000  # characters of a name whose verdict is kept
 EVERYTHING: Final = Scope()
 
 
@@ -4010,7 +4018,9 @@ class _Parking:
             run.give(Error(INVALID_PARAMS, _WRONG_STATE))
         elif content[1] != "parked":
             self._again(run, call, content[1:], answers)
-        elif (parked := self.calls.get(content[2])) is not None:
+        elif (parked := self.calls.get(content[2])) is not None and run.owner.scope.covers(
+            parked.run.owner.scope
+        ):
             parked.retry(content[3], run, answers)
         else:
             text = "this call has ended: it was cancelled, or expired (limits.park); start it again without requestState"
@@ -4573,6 +4583,14 @@ class _Listening:
                 outlet.answer(write_result(ident, b"{}"))
             self._open()
 
+    def renew(self) -> None:
+        """Listen anew, with what the session may see now."""
+        if self.opening is not None:
+            self.opening.stop("the session has other rights")
+            self.opening = None
+        if self.current is not None or self.uris:
+            self._open()
+
     def _open(self) -> None:
         if self.opening is not None:
             return
@@ -4733,12 +4751,19 @@ class LegacyClient:
     def _find(self, ident: str, visit: _Visit) -> _Session | None:
         """The session of that id, if it is this principal's and was made at this endpoint.
 
-        Another principal's is as if it did not exist: its id must tell nobody anything."""
+        Another principal's is as if it did not exist: its id must tell nobody anything. So is one
+        with more rights than come with this request, since its streams hold what those brought;
+        with more rights than before it goes on, and has them from now on."""
         session = self.sessions.get(ident)
         if session is None or session.endpoint != visit.endpoint:
             return None
-        if session.owner.principal != visit.owner.principal:
+        mine, owner = session.owner, visit.owner
+        if mine.principal != owner.principal or not owner.scope.covers(mine.scope):
             return None
+        if mine.scope is not owner.scope or mine.expires != owner.expires:
+            session.owner = dataclasses.replace(owner, session=mine.session)
+            if session.listening is not None and mine.scope != owner.scope:
+                session.listening.renew()
         session.used = self.edge.now
         self.sessions.move_to_end(ident)
         return session
@@ -5271,6 +5296,11 @@ class Clients:
 # did not change stays the same object, so what others cached on it stays, and "has the visible list
 # changed?" is a comparison of object identities.
 #
+# Who sees what of it follows from the scope of who asks, and is decided in `_may` and in no other
+# place: of names the first server keeps each for everybody, and then the scope says who may see it;
+# of URIs the first counts among the servers whose resources the scope allows. What it does not allow
+# is not there: neither listed nor found, and nobody waits for it.
+#
 # Who does not know a name yet, waits: `_seek` holds questions that are asked again whenever
 # something moved, until there is an answer or their time is over.
 
@@ -5283,6 +5313,7 @@ _METHODS: Final = {
 _KIND_OF: Final = {method: kind for kind, method in _METHODS.items()}
 # What is listed by URI, and the member that holds it; the others have names.
 _URI_MEMBERS: Final = {Kind.RESOURCES: "uri", Kind.TEMPLATES: "uriTemplate"}
+_OF_THE_WHOLE: Final = ("prompts", "resources", "completions")  # capabilities; see Scope.whole
 _MCP: Final = ""  # the endpoint of all servers
 
 _FIRST_WAIT: Final = 2.0  # seconds that a list on /mcp waits for servers in their first start
@@ -5301,6 +5332,7 @@ _PAGE_BYTES: Final = 2**20
 _MOST_HIDDEN: Final = 500  # of one server, as /status shows them
 _MOST_LINKS: Final = 1_000  # resource links of one owner that are remembered (DESIGN)
 _MOST_LINKS_IN_ALL: Final = 100_000
+_MOST_VIEWS: Final = 100  # scopes for which one list is kept; past it they are made again
 _LONGEST_LINK: Final = 2_048  # characters
 
 
@@ -5446,15 +5478,54 @@ class _Stock:
             reading.cancel()
 
 
-class _Listing:
-    """One list of one endpoint: what clients see of it. Never changed once made."""
+def _may(scope: Scope, kind: Kind, server: str, name: str) -> bool:
+    """Whether `scope` allows what `server` offers as `name` (on /mcp, whatever the endpoint)."""
+    return scope.tool(server, name) if kind is Kind.TOOLS else scope.whole(server)
 
-    def __init__(self, kind: Kind, local: bool, table: dict[str, Entry]) -> None:
-        self.kind, self.local, self.table = kind, local, table
-        self.entries = list(table.values())
-        # Backwards, so that the first tool to name a URI has it.
-        self.ui = {uri: entry for entry in self.entries[::-1] for uri in _ui_uris(entry)}
+
+class _Listing:
+    """One list of one endpoint: what clients see of it. Never changed once made.
+
+    `offered`: all that its servers offer, in order; of equal names the first is in `table`."""
+
+    def __init__(self, kind: Kind, local: bool, offered: Iterable[Entry]) -> None:
+        self.kind, self.local, self.offered = kind, local, list(offered)
+        self.table: dict[str, Entry] = {}
+        for entry in self.offered:
+            self.table.setdefault(entry.local if local else entry.name, entry)
+        self.entries = list(self.table.values())
+        self.ui = _ui_resources(self.entries)
         self._first: dict[bool, bytes] = {}  # any_output → the first page, for most lists all
+        self._views: dict[Scope, _Listing] = {}
+
+    def seen_by(self, scope: Scope) -> _Listing:
+        """The part that `scope` allows."""
+        if scope.everything:
+            return self
+        view = self._views.get(scope)
+        if view is None:
+            if len(self._views) >= _MOST_VIEWS:
+                self._views.clear()
+            view = self._views[scope] = self._view(scope)
+        return view
+
+    def _view(self, scope: Scope) -> _Listing:
+        kind = self.kind
+        some = self.offered if kind in _URI_MEMBERS else self.entries
+        allowed = [one for one in some if _may(scope, kind, one.server, one.name)]
+        view = _Listing(kind, self.local, allowed)
+        # They are resources: whoever may have a server's may have these, with the tool or without.
+        view.ui = _ui_resources([one for one in self.entries if scope.whole(one.server)])
+        return view
+
+    def find(self, name: str, scope: Scope) -> Entry | None:
+        """Who has `name` for whom `scope` is."""
+        entry = self.table.get(name)
+        if entry is None or scope.everything:
+            return entry
+        if _may(scope, self.kind, entry.server, entry.name):
+            return entry
+        return self.seen_by(scope).table.get(name) if self.kind in _URI_MEMBERS else None
 
     def page(self, cursor: Json, any_output: bool) -> bytes | None:
         """The list result from `cursor` on (None: from the beginning); None if it is not ours.
@@ -5493,6 +5564,11 @@ class _Listing:
             return None
         entry = self.table.get(name) if isinstance(name, str) and kind == self.kind.value else None
         return None if entry is None else self.entries.index(entry) + 1
+
+
+def _ui_resources(entries: list[Entry]) -> dict[str, Entry]:
+    """Which tool names which `ui://` resource: backwards, so that the first to name it has it."""
+    return {uri: entry for entry in entries[::-1] for uri in _ui_uris(entry)}
 
 
 def _ui_uris(entry: Entry) -> list[str]:
@@ -5627,8 +5703,9 @@ class Catalogue:
     """What all enabled servers offer. Implements the verbs `up`, `down` and `changed` of Shelf.
 
     `check` is Policy's verdict on a tool's definition: a reason hides the tool. `later` puts off
-    what would take too long in one turn of the loop. `watch` holds callbacks (kind, endpoint) for
-    each *visible* list that changed; endpoint "" is /mcp."""
+    what would take too long in one turn of the loop. `watch` holds callbacks (kind, endpoint,
+    changed) for each list that changed; endpoint "" is /mcp, and `changed` tells of a scope whether
+    it sees anything of that."""
 
     def __init__(
         self,
@@ -5641,7 +5718,7 @@ class Catalogue:
     ) -> None:
         self._pool, self._record, self._clock = pool, record, clock
         self._check, self._later = check, later
-        self.watch: list[Callable[[Kind, str], None]] = []
+        self.watch: list[Callable[[Kind, str, Callable[[Scope], bool]], None]] = []
         self._waits: list[_Question] = []
         # Resource links: owner → URI → the server that handed it out, both oldest first.
         self._links: OrderedDict[Owner | None, OrderedDict[str, str]] = OrderedDict()
@@ -5657,7 +5734,7 @@ class Catalogue:
         self._at = {name: [source] for name, source in self._sources.items()}
         self._at[_MCP] = list(self._sources.values())
         self._listings = {
-            endpoint: {kind: _Listing(kind, endpoint != _MCP, {}) for kind in Kind}
+            endpoint: {kind: _Listing(kind, endpoint != _MCP, ()) for kind in Kind}
             for endpoint in self._at
         }
 
@@ -5713,38 +5790,43 @@ class Catalogue:
         endpoint: str,
         name: str,
         then: Callable[[Entry | Error], None],
-        owner: Owner | None = None,
+        owner: Owner,
     ) -> Lease:
-        """Who has `name`: `then` is called once, at once where that is known.
+        """Who has `name` for `owner`: `then` is called once, at once where that is known.
 
         Otherwise after a wait for servers that may have it, at most their `start_timeout`; with
         -32602 where nobody has it, and 1010 while one of those servers is down. For a URI that no
-        list names the entry is made up: its `own` is the URI. `owner`: whose resource links count."""
+        list names the entry is made up: its `own` is the URI."""
         listings = self._listings.get(endpoint)
-        entry = listings[kind].table.get(name) if listings is not None else None
+        entry = listings[kind].find(name, owner.scope) if listings is not None else None
         if entry is not None:
             then(entry)
             return _SETTLED
-        unread = self._unread(kind, endpoint, name)
+        unread = self._unread(kind, endpoint, name, owner.scope)
         limit = max((stock.source.config.start_timeout for stock in unread), default=0.0)
         return self._seek(lambda late: self._find(kind, endpoint, name, owner, late), then, limit)
 
     def _find(
-        self, kind: Kind, endpoint: str, name: str, owner: Owner | None, late: bool
+        self, kind: Kind, endpoint: str, name: str, owner: Owner, late: bool
     ) -> Entry | Error | None:
         """Who has `name`, or why nobody; None while a server that may have it is coming."""
         entry = self.known(kind, endpoint, name, owner)
         if entry is not None:
             return entry
-        unread = self._unread(kind, endpoint, name)
+        unread = self._unread(kind, endpoint, name, owner.scope)
         if not unread:
-            return _unknown(kind, name) if endpoint in self._at else _disabled(endpoint)
+            there = endpoint == _MCP or self._seen(endpoint, owner.scope)
+            return _unknown(kind, name) if there else _disabled(endpoint)
         if not late and any(stock.coming for stock in unread):
             return None
         return self._unavailable(unread[0].source)
 
-    def _unread(self, kind: Kind, endpoint: str, name: str) -> list[_Stock]:
-        """The lists that may hold `name` but were never read."""
+    def _seen(self, endpoint: str, scope: Scope) -> list[_Source]:
+        """What `endpoint` is made of for whom `scope` is; nothing where it does not exist."""
+        return [source for source in self._at.get(endpoint, ()) if scope.sees(source.name)]
+
+    def _unread(self, kind: Kind, endpoint: str, name: str, scope: Scope) -> list[_Stock]:
+        """The lists that may hold `name`, if `scope` allows it, but were never read."""
         by_uri = kind in _URI_MEMBERS
         kinds = (*_URI_MEMBERS, Kind.TOOLS) if by_uri else (kind,)
         return [
@@ -5753,49 +5835,54 @@ class Catalogue:
             if endpoint or by_uri or name.startswith(source.prefix)
             for one in kinds
             if not source.stocks[one].read
+            and _may(scope, kind, source.name, source.prefix + name if endpoint else name)
         ]
 
-    def known(
-        self, kind: Kind, endpoint: str, name: str, owner: Owner | None = None
-    ) -> Entry | None:
-        """Who has `name`, as far as is known now."""
+    def known(self, kind: Kind, endpoint: str, name: str, owner: Owner) -> Entry | None:
+        """Who has `name` for `owner`, as far as is known now."""
         listings = self._listings.get(endpoint)
         if listings is None:
             return None
-        entry = listings[kind].table.get(name)
+        entry = listings[kind].find(name, owner.scope)
         if entry is None and kind is Kind.RESOURCES:
             return self._covered(endpoint, name, owner)
-        return entry or self._unlisted(kind, endpoint, name)
+        return entry or self._unlisted(kind, endpoint, name, owner.scope)
 
-    def _covered(self, endpoint: str, uri: str, owner: Owner | None) -> Entry | None:
+    def _covered(self, endpoint: str, uri: str, owner: Owner) -> Entry | None:
         """Who answers for a URI that no list names: in the order of DESIGN, Resource URIs."""
-        kind, listings = Kind.RESOURCES, self._listings[endpoint]
+        kind, listings, scope = Kind.RESOURCES, self._listings[endpoint], owner.scope
         if len(uri) <= _LONGEST_URI:
-            for template in listings[Kind.TEMPLATES].entries:
+            for template in listings[Kind.TEMPLATES].seen_by(scope).entries:
                 if template.matches(uri):
                     return Entry(kind, template.server, uri, uri, uri, template.item)
-        tool = listings[Kind.TOOLS].ui.get(uri)
+        tool = listings[Kind.TOOLS].seen_by(scope).ui.get(uri)
         # On its own endpoint the server is who knows: its links name more than its lists.
         linked = self._links[owner].get(uri, "") if owner in self._links else ""
         source = self._sources.get(tool.server if tool else endpoint or linked)
         if source is None or not (tool or source.stocks[Kind.RESOURCES].declared):
             return None
+        if not scope.whole(source.name):
+            return None
         return Entry(kind, source.name, uri, uri, uri, {"uri": uri})
 
-    def _unlisted(self, kind: Kind, endpoint: str, name: str) -> Entry | None:
+    def _unlisted(self, kind: Kind, endpoint: str, name: str, scope: Scope) -> Entry | None:
         """With isolation, on its own endpoint: what may exist in an owner's child alone."""
         source = self._sources.get(endpoint)
         if source is None or source.config.isolation == "shared" or kind is Kind.TEMPLATES:
             return None
-        stock = source.stocks[kind]
+        stock, rules, exposed = source.stocks[kind], source.config.tools, source.prefix + name
+        rename = rules.rename if kind is Kind.TOOLS else {}
+        own = next((one for one, shown in rename.items() if shown == name), name)
         # What is listed under another name, or hidden, does exist and must not be had by this.
         listed = {one.own for one in stock.entries.values()} | {one.own for one in stock.hidden}
-        if not (stock.read and stock.declared) or name in listed:
+        if not (stock.read and stock.declared) or own in listed or rename.get(own, own) != name:
             return None
-        entry = Entry(kind, endpoint, name, name, name, {"name": name})
+        if not _may(scope, kind, endpoint, exposed):
+            return None
+        entry = Entry(kind, endpoint, own, exposed, name, {"name": own})
         if kind is Kind.TOOLS:
             entry.item["inputSchema"] = {"type": "object"}
-            if _ruled_out(source.config.tools, name) or self._check(entry):
+            if _ruled_out(rules, own) or self._check(entry):
                 return None
         return entry
 
@@ -5833,18 +5920,23 @@ class Catalogue:
         return self._seek(lambda late: self._listed(call, late), then, limit)
 
     def _listed(self, call: Call, late: bool) -> Outcome | None:
-        kind, endpoint = _KIND_OF[call.method], call.endpoint
-        if endpoint not in self._at:
+        kind, endpoint, scope = _KIND_OF[call.method], call.endpoint, call.owner.scope
+        seen = self._seen(endpoint, scope)
+        if endpoint and not seen:
             return Outcome(error=_disabled(endpoint))
-        stocks = [source.stocks[kind] for source in self._at[endpoint]]
+        part = kind is not Kind.TOOLS
+        stocks = [source.stocks[kind] for source in seen if not part or scope.whole(source.name)]
         if not late and any(stock.coming for stock in stocks):
             return None
-        if endpoint and not stocks[0].read:
+        if endpoint and stocks and not stocks[0].read:
             return Outcome(error=self._unavailable(stocks[0].source))
-        if endpoint and not stocks[0].declared:
-            text = f'{call.method}: the server "{endpoint}" has no {stocks[0].capability}'
+        if endpoint and not (stocks and stocks[0].declared):
+            text = (
+                f'{call.method}: the server "{endpoint}" has no {seen[0].stocks[kind].capability}'
+            )
             return Outcome(error=Error(METHOD_NOT_FOUND, text, status=404))
-        raw = self._listings[endpoint][kind].page(call.params.get("cursor"), call.any_output)
+        listing = self._listings[endpoint][kind].seen_by(scope)
+        raw = listing.page(call.params.get("cursor"), call.any_output)
         if raw is None:
             text = "this cursor is not known: list from the beginning"
             return Outcome(error=Error(INVALID_PARAMS, text))
@@ -5861,41 +5953,48 @@ class Catalogue:
     def discover(self, call: Call, then: Callable[[Outcome], None]) -> Lease:
         """server/discover, and so initialize: on /mcp at once, else when the server has started."""
         limit = self._patience(call.endpoint)
-        return self._seek(lambda late: self._discovered(call.endpoint, late), then, limit)
+        scope = call.owner.scope
+        return self._seek(lambda late: self._discovered(call.endpoint, scope, late), then, limit)
 
-    def _discovered(self, endpoint: str, late: bool) -> Outcome | None:
+    def _discovered(self, endpoint: str, scope: Scope, late: bool) -> Outcome | None:
+        seen = self._seen(endpoint, scope)
         if endpoint == _MCP:
             # The instructions of a server that has not started yet are still missing.
-            whole = all(source.offer for source in self._sources.values())
-            return _discovery(self._offer_of_all(), _FRESH_MS if whole else 0)
-        source = self._sources.get(endpoint)
-        if source is None:
+            whole = all(source.offer for source in seen)
+            return _discovery(self._offer_of_all(seen), _FRESH_MS if whole else 0)
+        if not seen:
             return Outcome(error=_disabled(endpoint))
-        if source.offer is not None:
-            return _discovery(source.offer, _FRESH_MS)
-        if late or source.down:
-            return Outcome(error=self._unavailable(source))
+        offer = self.offer(endpoint, scope)
+        if offer is not None:
+            return _discovery(offer, _FRESH_MS)
+        if late or seen[0].down:
+            return Outcome(error=self._unavailable(seen[0]))
         return None
 
-    def _offer_of_all(self) -> Offer:
+    def _offer_of_all(self, seen: list[_Source]) -> Offer:
         capabilities: dict[str, Json] = {"logging": {}, "completions": {}}
         capabilities |= {"tools": {}, "prompts": {}, "resources": {"subscribe": True}}
         for name in ("extensions", "tasks"):  # what only some may have: the union, first come
-            said = [one.offer.capabilities.get(name) for one in self._sources.values() if one.offer]
+            said = [one.offer.capabilities.get(name) for one in seen if one.offer]
             if some := [one for one in said if isinstance(one, dict)]:
                 capabilities[name] = dict(itertools.chain(*(one.items() for one in some[::-1])))
         info = {"name": "atrax", "version": VERSION}
         instructions = "\n\n".join(
-            f"## {name}\n{source.offer.instructions}"
-            for name, source in self._sources.items()
+            f"## {source.name}\n{source.offer.instructions}"
+            for source in seen
             if source.offer and source.offer.instructions
         )
         return Offer(capabilities, info, instructions, MODERN, "modern")
 
-    def offer(self, server: str) -> Offer | None:
-        """What `server` said of itself when it was last ready."""
+    def offer(self, server: str, scope: Scope) -> Offer | None:
+        """What `server` said of itself when it was last ready, without what `scope` keeps away."""
         source = self._sources.get(server)
-        return source.offer if source is not None else None
+        offer = source.offer if source is not None and scope.sees(server) else None
+        if offer is None or scope.whole(server):
+            return offer
+        said = offer.capabilities.items()
+        part = {key: value for key, value in said if key not in _OF_THE_WHOLE}
+        return dataclasses.replace(offer, capabilities=part)
 
     # ---- time, status ----
 
@@ -5910,26 +6009,31 @@ class Catalogue:
                 self._settle(question, late=True)
         self._waits = [question for question in self._waits if not question.over]
 
-    def counts(self) -> dict[str, dict[str, Json]]:
-        """Per server: how many items of each kind it shows, what is hidden and why, and `settled`:
-        its lists were read, or its first start has failed. `error`: why a list cannot be read."""
+    def counts(self, scope: Scope = EVERYTHING) -> dict[str, dict[str, Json]]:
+        """Per server that `scope` sees: how many items of each kind it shows, and `settled`: its lists
+        were read, or its first start has failed. Where nothing of it is kept away, also what is
+        hidden and why, and `error`: why a list cannot be read."""
         nothing = {kind.value: 0 for kind in Kind}
         counts: dict[str, dict[str, Json]] = {
-            name: {**nothing, "hidden": [], "settled": True} for name in self._disabled
+            name: {**nothing, "settled": True, **({"hidden": []} if scope.all_of(name) else {})}
+            for name in self._disabled
+            if scope.sees(name)
         }
-        for name, source in self._sources.items():
-            stocks = source.stocks.values()
-            hidden = [
-                {"kind": stock.kind.value, "name": one.own, "reason": one.reason}
-                for stock in stocks
-                for one in self._hidden(stock)
-            ]
+        for source in self._seen(_MCP, scope):
+            stocks, name = source.stocks.values(), source.name
+            shown = {kind: self._listings[name][kind].seen_by(scope).entries for kind in Kind}
             counts[name] = {
-                **{stock.kind.value: len(stock.entries) for stock in stocks},
-                "hidden": hidden[:_MOST_HIDDEN],
-                "error": next((stock.error for stock in stocks if stock.error), None),
+                **{kind.value: len(entries) for kind, entries in shown.items()},
                 "settled": not any(stock.coming for stock in stocks),
             }
+            if scope.all_of(name):
+                hidden = [
+                    {"kind": stock.kind.value, "name": one.own, "reason": one.reason}
+                    for stock in stocks
+                    for one in self._hidden(stock, scope)
+                ]
+                error = next((stock.error for stock in stocks if stock.error), None)
+                counts[name] |= {"hidden": hidden[:_MOST_HIDDEN], "error": error}
         return counts
 
     def offers(self) -> dict[str, dict[str, list[str]]]:
@@ -6053,33 +6157,39 @@ class Catalogue:
         if self._listings[stock.source.name][kind].entries == list(stock.entries.values()):
             self._say_hidden(stock)
             return
-        merged: dict[str, Entry] = {}
-        for source in self._sources.values():
-            for entry in source.stocks[kind].entries.values():
-                merged.setdefault(entry.name, entry)
-        for endpoint, table in ((stock.source.name, stock.entries), (_MCP, merged)):
-            listing = _Listing(kind, endpoint != _MCP, table)
-            if listing.entries != self._listings[endpoint][kind].entries:
+        stocks = [source.stocks[kind] for source in self._sources.values()]
+        merged = [entry for one in stocks for entry in one.entries.values()]
+        for endpoint, offered in ((stock.source.name, stock.entries.values()), (_MCP, merged)):
+            old, listing = self._listings[endpoint][kind], _Listing(kind, bool(endpoint), offered)
+            if listing.offered != old.offered:
                 self._listings[endpoint][kind] = listing
-                changed.append(endpoint)
-        for source in self._sources.values():
-            self._say_hidden(source.stocks[kind])
-        for endpoint in changed:
-            self._tell(kind, endpoint)
+                changed.append((endpoint, old, listing))
+        for one in stocks:
+            self._say_hidden(one)
+        for endpoint, old, listing in changed:
+            self._tell(kind, endpoint, old, listing)
 
-    def _hidden(self, stock: _Stock) -> list[_Hidden]:
-        """What of a list nobody sees, and what lost its name on /mcp to an earlier server."""
+    def _hidden(self, stock: _Stock, scope: Scope = EVERYTHING) -> list[_Hidden]:
+        """What of a list nobody sees, and what lost its name on /mcp to an earlier server.
+
+        Who must not see that server is not told its name."""
         merged = self._listings[_MCP][stock.kind].table
         lost = [
-            _Hidden(entry.own, f'on /mcp "{entry.name[:120]}" is of "{first.server}"')
+            _Hidden(entry.own, f'on /mcp "{entry.name[:120]}" is of {named}')
             for entry in stock.entries.values()
             if (first := merged.get(entry.name, entry)) is not entry
+            for named in [f'"{first.server}"' if scope.sees(first.server) else "another server"]
         ]
         return [*stock.hidden, *lost]
 
-    def _tell(self, kind: Kind, endpoint: str) -> None:
+    def _tell(self, kind: Kind, endpoint: str, old: _Listing, new: _Listing) -> None:
+        # Kept for this once: thousands may listen, with few scopes among them.
+        @functools.cache
+        def changed(scope: Scope) -> bool:
+            return old.seen_by(scope).entries != new.seen_by(scope).entries
+
         for watcher in list(self.watch):
-            watcher(kind, endpoint)
+            watcher(kind, endpoint, changed)
 
     # ---- waiting ----
 
@@ -6528,7 +6638,7 @@ class Subscriptions:
         wanted = call.params.get("notifications")
         wanted = wanted if isinstance(wanted, dict) else {}
         # On its own endpoint cut to what can change there; a server not yet started may have any.
-        offer = self._catalogue.offer(call.endpoint) if call.endpoint else None
+        offer = self._catalogue.offer(call.endpoint, call.owner.scope) if call.endpoint else None
         for flag, kind in _LIST_FLAGS.items():
             there = offer is None or offer.capabilities.get(kind.value) not in (None, False)
             if there and wanted.get(flag) is True:
@@ -6584,7 +6694,7 @@ class Subscriptions:
 
     def _upstream(self, listen: _Listen, server: str) -> _Upstream | None:
         """Where `listen` gets updates of this server's resources; None if the server sends none."""
-        offer = self._catalogue.offer(server)
+        offer = self._catalogue.offer(server, listen.call.owner.scope)
         resources = offer.capabilities.get("resources") if offer is not None else None
         if not isinstance(resources, dict) or resources.get("subscribe") is not True:
             return None
@@ -6601,13 +6711,14 @@ class Subscriptions:
 
     # ---- what happens ----
 
-    def listed(self, kind: Kind, endpoint: str) -> None:
-        """A visible list has changed (called by the Catalogue)."""
+    def listed(self, kind: Kind, endpoint: str, changed: Callable[[Scope], bool]) -> None:
+        """A list has changed for those with a scope that `changed` says (called by the Catalogue)."""
         if kind is Kind.TEMPLATES:
             kind = Kind.RESOURCES  # the templates' changes are told as the resources' are
         notice = Notice(f"notifications/{kind.value}/list_changed", {})
         for listen in list(self._listens):
-            if kind in listen.kinds and listen.call.endpoint == endpoint:
+            call = listen.call
+            if kind in listen.kinds and call.endpoint == endpoint and changed(call.owner.scope):
                 listen.tell(notice)
 
     def up(self, server: str, offer: Offer) -> None:
@@ -6638,7 +6749,8 @@ class Subscriptions:
         if notice.method == "notifications/elicitation/complete":
             owner = self._sent.get((server, str(notice.params.get("elicitationId"))))
             for listen in [one for one in self._listens if one.call.owner == owner]:
-                listen.tell(notice)
+                if listen.call.owner.scope.sees(server):
+                    listen.tell(notice)
         if notice.method != "notifications/tasks/status":
             return
         for listen in list(self._listens):
@@ -8369,6 +8481,9 @@ class Gateway:
             str, tuple[float, float]
         ] = {}  # principal → (calls left, when that was so)
         self._tasks = tasks
+        # Says what to tell an owner (for OAuth: which scope it needs) whose rights alone are in the
+        # way of a server, and of the tool that /mcp shows by this name ("": of more than one tool).
+        self.step_up: Callable[[Owner, str, str], Error | None] | None = None
         self._ways: dict[str, Callable[[Forward], None]] = {
             **dict.fromkeys(TASK_METHODS, self._task),
             "tasks/list": self._list_tasks,
@@ -8434,14 +8549,35 @@ class Gateway:
 
     def _lacking(self, call: Call) -> Error | None:
         """-32601 for a method that the endpoint's own server has not declared; None while it is unknown."""
-        offer, need = self.catalogue.offer(call.endpoint), NEEDS.get(call.method)
-        if offer is None or need is None or need in offer.capabilities:
+        need = NEEDS.get(call.method)
+        if need is None:
             return None
-        return Error(
-            METHOD_NOT_FOUND,
-            f'{call.method}: the server "{call.endpoint}" has no {need}',
-            status=404,
-        )
+        offer = self.catalogue.offer(call.endpoint, call.owner.scope)
+        if offer is None or need in offer.capabilities:
+            return None
+        text = f'{call.method}: the server "{call.endpoint}" has no {need}'
+        error = Error(METHOD_NOT_FOUND, text, status=404)
+        whole = self.catalogue.offer(call.endpoint, EVERYTHING)
+        if whole is None or need not in whole.capabilities:
+            return error
+        return self.withheld(call.owner, call.endpoint, "", error)
+
+    def withheld(self, owner: Owner, server: str, tool: str, unknown: Error) -> Error:
+        """The answer where the rights of `owner` alone are in the way: `unknown`, as if there were
+        nothing, unless `step_up` says how to get more. All that a scope refuses comes through here."""
+        return (self.step_up(owner, server, tool) if self.step_up is not None else None) or unknown
+
+    def _not_found(self, call: Call, kind: Kind, name: str, error: Error) -> Error:
+        """The answer to a call of a name or URI whose look-up gave `error`."""
+        owner = call.owner
+        if error.code != INVALID_PARAMS or owner.scope.everything:
+            return error
+        anybody = dataclasses.replace(owner, scope=EVERYTHING)
+        entry = self.catalogue.known(kind, call.endpoint, name, anybody)
+        if entry is None:
+            return error
+        tool = entry.name if kind is Kind.TOOLS else ""
+        return self.withheld(owner, entry.server, tool, error)
 
     def _admit(self, call: Call) -> Error | None:
         """One more call in flight for its principal, or 429 with what to do.
@@ -8493,7 +8629,7 @@ class Gateway:
     def _tool(self, forward: Forward) -> None:
         call = forward.call
         name = call.params["name"]
-        entry = self.catalogue.known(Kind.TOOLS, call.endpoint, name)
+        entry = self.catalogue.known(Kind.TOOLS, call.endpoint, name, call.owner)
         if entry is not None:  # nearly always; then no wait has to be made
             self._call_tool(forward, entry)
             return
@@ -8505,10 +8641,12 @@ class Gateway:
         forward.waiting = None
         if forward.over:
             return
+        call = forward.call
         if isinstance(entry, Error):
-            forward.done(Outcome(error=entry))
+            error = self._not_found(call, Kind.TOOLS, call.params["name"], entry)
+            forward.done(Outcome(error=error))
             return
-        call, server = forward.call, entry.server
+        server = entry.server
         verdict = self.policy.arguments(entry, call.params.get("arguments") or {}, call.mirrored)
         verdict = verdict or self._astray(server, call)
         if verdict is not None:
@@ -8545,7 +8683,8 @@ class Gateway:
             self._forward_to(forward, Kind.PROMPTS, ref["name"], rename)
             return
         # A template by its own text; a plain resource is looked up as one.
-        template = self.catalogue.known(Kind.TEMPLATES, forward.call.endpoint, ref["uri"])
+        call = forward.call
+        template = self.catalogue.known(Kind.TEMPLATES, call.endpoint, ref["uri"], call.owner)
         kind = Kind.TEMPLATES if template is not None else Kind.RESOURCES
         self._forward_to(forward, kind, ref["uri"], lambda own: params)
 
@@ -8560,9 +8699,10 @@ class Gateway:
             if forward.over:
                 return
             if isinstance(entry, Error):
-                forward.done(Outcome(error=entry))
+                error = self._not_found(call, kind, name, entry)
+                forward.done(Outcome(error=error))
                 return
-            offer = self.catalogue.offer(entry.server)
+            offer = self.catalogue.offer(entry.server, call.owner.scope)
             need = NEEDS[call.method]
             if offer is not None and need not in offer.capabilities:
                 text = f'{call.method}: the server "{entry.server}" has no {need}'
@@ -8605,7 +8745,7 @@ class Gateway:
         """Why `call` cannot be about a task: nobody has any, or the client did not declare them."""
         extension = call.version == MODERN
         names = [call.endpoint] if call.endpoint else list(self.config.servers)
-        offers = filter(None, map(self.catalogue.offer, names))
+        offers = filter(None, (self.catalogue.offer(one, call.owner.scope) for one in names))
         if not any(_has_tasks(offer.capabilities, extension) for offer in offers):
             return Error(METHOD_NOT_FOUND, f"Method not found: {call.method}", status=404)
         return _undeclared_tasks(call) if extension else None
@@ -8617,20 +8757,25 @@ class Gateway:
         if error is not None:
             forward.done(Outcome(error=error))
             return
-        tasks = self._tasks.of(call.endpoint, call.owner.principal)
+        tasks = self._tasks.of(call.endpoint, call.owner)
         forward.done(Outcome({"tasks": tasks}))
 
     def _unknown(self, forward: Forward) -> None:
-        """A method that MCP does not name: an extension's, passed to who declared extensions, else refused."""
-        call = forward.call
-        offer = self.catalogue.offer(call.endpoint) if call.endpoint else None
-        if offer is not None and (
+        """A method that MCP does not name: an extension's, passed to who declared extensions, else refused.
+
+        Nobody knows what it reaches, so it is for those alone from whom nothing there is kept."""
+        call, server = forward.call, forward.call.endpoint
+        offer = self.catalogue.offer(server, EVERYTHING) if server else None
+        there = offer is not None and (
             "extensions" in offer.capabilities or "experimental" in offer.capabilities
-        ):
-            astray = self._astray(call.endpoint, call)
-            forward.go(call.endpoint, safe=False) if astray is None else forward.done(astray)
+        )
+        if there and call.owner.scope.all_of(server):
+            astray = self._astray(server, call)
+            forward.go(server, safe=False) if astray is None else forward.done(astray)
             return
         error = Error(METHOD_NOT_FOUND, f"Method not found: {call.method}", status=404)
+        if there:
+            error = self.withheld(call.owner, server, "", error)
         forward.done(Outcome(error=error))
 
 
@@ -8643,6 +8788,10 @@ class TaskHome:
     principal: str
     task: dict[str, Json]
     heard: float
+
+    def belongs_to(self, owner: Owner) -> bool:
+        """Whether it was made for the principal of `owner`, which must still see the server."""
+        return self.principal == owner.principal and owner.scope.sees(self.server)
 
     def runs(self, now: float) -> bool:
         """Whether it may still be at work: not known to be over, and younger than its `ttl`."""
@@ -8682,11 +8831,11 @@ class Tasks:
                 del self._first[old]
 
     def find(self, call: Call, ident: Json) -> TaskHome | None:
-        """The task `ident` as endpoint and principal of `call` may see it; None is "unknown"."""
+        """The task `ident` as endpoint and owner of `call` may see it; None is "unknown"."""
         if not isinstance(ident, str):
             return None
         home = self._homes.get((call.endpoint or self._first.get(ident, ""), ident))
-        return home if home is not None and home.principal == call.owner.principal else None
+        return home if home is not None and home.belongs_to(call.owner) else None
 
     def home(self, call: Call, ident: Json) -> tuple[str, str] | None:
         """Server and place of what `find` finds, for Subscriptions."""
@@ -8698,12 +8847,12 @@ class Tasks:
         now = self._clock()
         return any(home.place == place and home.runs(now) for home in self._homes.values())
 
-    def of(self, endpoint: str, principal: str) -> list[Json]:
+    def of(self, endpoint: str, owner: Owner) -> list[Json]:
         """Every task that `find` would find."""
         return [
             home.task
             for (server, ident), home in self._homes.items()
-            if home.principal == principal and server == (endpoint or self._first.get(ident))
+            if home.belongs_to(owner) and server == (endpoint or self._first.get(ident))
         ]
 
 
@@ -11300,11 +11449,13 @@ class Endpoints:
         {"/health", "/ready"}
     )  # no Host check, no auth: probes of container runtimes
 
-    def __init__(self, record: Record, servers: Callable[[], dict[str, dict[str, Json]]]) -> None:
+    def __init__(
+        self, record: Record, servers: Callable[[Scope], dict[str, dict[str, Json]]]
+    ) -> None:
         self._record, self._servers = record, servers
         self._started = time.time()
         self.draining = False
-        self._pages: dict[str, Callable[[], tuple[int, str, bytes]]] = {
+        self._pages: dict[str, Callable[[Scope], tuple[int, str, bytes]]] = {
             "/health": self._health,
             "/ready": self._ready,
             "/status": self._status,
@@ -11315,57 +11466,64 @@ class Endpoints:
     def paths(self) -> Iterable[str]:
         return self._pages.keys()
 
-    def handle(self, request: HttpRequest, reply: Reply, named: bool = True) -> None:
-        """Answer one of `paths`; only where `named` by a text that names servers."""
+    def handle(self, request: HttpRequest, reply: Reply, owner: Owner | None) -> None:
+        """Answer one of `paths` with what `owner` may see; None: nobody knows who asks, so with no
+        text that names servers."""
         if request.method not in ("GET", "HEAD"):
             raise HttpError(405, f"{request.path} is read with GET", [("Allow", "GET, HEAD")])
-        status, content_type, body = self._pages[request.path]()
-        if not named:
+        scope = Scope(()) if owner is None else owner.scope
+        status, content_type, body = self._pages[request.path](scope)
+        if owner is None:
             body = encode({"status": json.loads(body)["status"]})
         reply.full(status, [("Content-Type", content_type), ("Cache-Control", "no-store")], body)
 
-    def _health(self) -> tuple[int, str, bytes]:
+    def _health(self, scope: Scope) -> tuple[int, str, bytes]:
         return 200, "application/json", encode({"status": "ok"})
 
-    def _ready(self) -> tuple[int, str, bytes]:
-        """503 until each enabled server has been ready once or has failed its first start, and while draining."""
-        waiting = [name for name, server in self._servers().items() if not server["settled"]]
-        if self.draining:
-            return 503, "application/json", encode({"status": "draining", "waiting": waiting})
-        if waiting:
-            return 503, "application/json", encode({"status": "starting", "waiting": waiting})
-        return 200, "application/json", encode({"status": "ready", "waiting": []})
+    def _ready(self, scope: Scope) -> tuple[int, str, bytes]:
+        """503 until each enabled server has been ready once or has failed its first start, and while draining.
 
-    def _status(self) -> tuple[int, str, bytes]:
+        That is about all of them, whoever asks; the names are of those that the scope sees."""
+        servers = self._servers(EVERYTHING)
+        waiting = [name for name, server in servers.items() if not server["settled"]]
+        status = "draining" if self.draining else "starting" if waiting else "ready"
+        body = encode({"status": status, "waiting": [name for name in waiting if scope.sees(name)]})
+        return 200 if status == "ready" else 503, "application/json", body
+
+    def _status(self, scope: Scope) -> tuple[int, str, bytes]:
         body = {
             "version": VERSION,
             "python": ".".join(map(str, sys.version_info[:3])),
-            "pid": os.getpid(),
+            "pid": os.getpid() if scope.everything else None,
             "uptime": round(time.time() - self._started, 1),
-            "servers": self._servers(),
+            "servers": self._servers(scope),
         }
         return 200, "application/json", encode(self._record.redact(body))
 
-    def _metrics(self) -> tuple[int, str, bytes]:
-        text = self._record.metrics() + _gauges(self._servers(), time.time() - self._started)
+    def _metrics(self, scope: Scope) -> tuple[int, str, bytes]:
+        # What is not counted by server (events, refused requests) tells of everybody's doings, so it
+        # is for those alone from whom nothing is kept; calls are counted by server.
+        counters = self._record.metrics(None if scope.everything else scope.sees)
+        text = counters + _gauges(self._servers(scope), time.time() - self._started)
         return 200, "text/plain; version=0.0.4; charset=utf-8", text.encode()
 
 
 def _gauges(servers: Mapping[str, Mapping[str, Json]], uptime: float) -> str:
-    """What is, not what happened: one line per server and measure."""
+    """What is, not what happened: one line per server and measure that is shown of it."""
     lines = ["# TYPE atrax_uptime_seconds gauge", f"atrax_uptime_seconds {uptime:.1f}"]
     measures: dict[str, Callable[[Mapping[str, Json]], Json]] = {
         "up": lambda server: int(server["state"] == "ready"),
-        "restarts": lambda server: server["restarts"],
-        "calls_in_flight": lambda server: server["inFlight"],
-        "calls_waiting": lambda server: server["waiting"],
-        "calls_parked": lambda server: server["parked"],
+        "restarts": lambda server: server.get("restarts"),
+        "calls_in_flight": lambda server: server.get("inFlight"),
+        "calls_waiting": lambda server: server.get("waiting"),
+        "calls_parked": lambda server: server.get("parked"),
         "tools": lambda server: server["tools"],
     }
     for name, read in measures.items():
         lines.append(f"# TYPE atrax_server_{name} gauge")
         for server, values in servers.items():
-            lines.append(f'atrax_server_{name}{{server="{_label(server)}"}} {read(values)}')
+            if (value := read(values)) is not None:
+                lines.append(f'atrax_server_{name}{{server="{_label(server)}"}} {value}')
     return "\n".join(lines) + "\n"
 
 
@@ -11376,6 +11534,8 @@ def _gauges(servers: Mapping[str, Mapping[str, Json]], uptime: float) -> str:
 TICK: Final = 0.2  # seconds between two `wake` of everything that has deadlines
 FIRST_START: Final = 2.0  # seconds that the start-up screen waits for slow servers
 ALOUD: Final = (10, 60.0)  # lines in s that one kind of refusal may fill
+# Of a server's status, what everybody is shown who may use anything of it.
+OUTSIDE: Final = ("state", "settled", "era", "protocolVersion", "since", "retryAfter")
 
 
 class Atrax:
@@ -11546,7 +11706,7 @@ class Atrax:
     def _route(self, request: HttpRequest, reply: Reply) -> None:
         path = request.path
         if path in Endpoints.OPEN:
-            self.endpoints.handle(request, reply, named=self._is_known(request))
+            self.endpoints.handle(request, reply, self._known_owner(request))
             return
         self.identity.admit(request)
         if "origin" in request.headers:
@@ -11562,27 +11722,23 @@ class Atrax:
         if path == "/mcp":
             self.clients.handle(request, reply, owner, "")
         elif path in self.endpoints.paths:
-            self.endpoints.handle(request, reply)
+            self.endpoints.handle(request, reply, owner)
         else:
             self._server_path(request, reply, owner)
 
-    def _is_known(self, request: HttpRequest) -> bool:
-        """Whether who sent `request` may see /status too: a rebound web page may not."""
+    def _known_owner(self, request: HttpRequest) -> Owner | None:
+        """Who sent `request`, if they may see /status too: a rebound web page may not."""
         try:
-            self.identity.check(request)
+            return self.identity.check(request)
         except HttpError:
-            return False
-        return True
+            return None
 
     def _server_path(self, request: HttpRequest, reply: Reply, owner: Owner) -> None:
         """/servers/NAME/mcp, and the two paths of the 2024-11-05 transport with or without a server."""
         path, endpoint = request.path, ""
         if path.startswith("/servers/"):
             endpoint, _, path = path[len("/servers/") :].partition("/")
-            if endpoint not in self.config.servers or self.config.servers[endpoint].disabled:
-                raise HttpError(
-                    404, f'there is no server "{endpoint}" here; /status lists those that are'
-                )
+            self._check_server(endpoint, owner)
             path = "/" + path
         if path == "/mcp" and endpoint:
             self.clients.handle(request, reply, owner, endpoint)
@@ -11593,14 +11749,32 @@ class Atrax:
         else:
             raise HttpError(404, "nothing is here; MCP is at /mcp and at /servers/NAME/mcp")
 
+    def _check_server(self, name: str, owner: Owner) -> None:
+        """Raises HttpError 404 where there is no such server for `owner`."""
+        server = self.config.servers.get(name)
+        there = server is not None and not server.disabled
+        if there and owner.scope.sees(name):
+            return
+        text = f'there is no server "{name}" here; /status lists those that are'
+        error = Error(INVALID_PARAMS, text, status=404)
+        if there:
+            error = self.gateway.withheld(owner, name, "", error)
+        raise HttpError(error.status, error.message)
+
     # ---- what there is to see ----
 
-    def status(self) -> dict[str, dict[str, Json]]:
-        """Per server: how its processes do, and what it offers."""
-        counts = self.catalogue.counts()
+    def status(self, scope: Scope = EVERYTHING) -> dict[str, dict[str, Json]]:
+        """Per server that `scope` sees: how its processes do, and what it offers.
+
+        How they do in detail (pids, last words, what runs) where nothing of it is kept away."""
+        counts = self.catalogue.counts(scope)
         return {
-            name: {**state, **counts.get(name, {})}
+            name: {
+                **(state if scope.all_of(name) else {key: state[key] for key in OUTSIDE}),
+                **counts.get(name, {}),
+            }
             for name, state in self.supervisor.status().items()
+            if scope.sees(name)
         }
 
 

@@ -214,7 +214,7 @@ class Middle:
             self.config, self.pool, self.record, self.time, check, Turns()
         )
         self.changes: list[tuple[str, str]] = []
-        self.catalogue.watch.append(lambda kind, at: self.changes.append((kind.value, at)))
+        self.catalogue.watch.append(self.changed)
         self.tasks = atrax.Tasks(lambda: 0.0)
         self.subscriptions = atrax.Subscriptions(
             self.config, self.catalogue, self.pool, self.record, self.time, self.tasks.home
@@ -264,6 +264,10 @@ class Middle:
             self.catalogue.wake(self.time.now)
             self.subscriptions.wake(self.time.now)
 
+    def changed(self, kind: atrax.Kind, at: str, changed: Callable[[atrax.Scope], bool]) -> None:
+        if changed(atrax.EVERYTHING):
+            self.changes.append((kind.value, at))
+
     def ask_for(
         self, method: str, endpoint: str = "", any_output: bool = True, **params: Any
     ) -> list[Outcome]:
@@ -286,7 +290,7 @@ class Middle:
 
     def look_up(self, kind: atrax.Kind, name: str, endpoint: str = "") -> list[Any]:
         found: list[Any] = []
-        self.lease = self.catalogue.lookup(kind, endpoint, name, found.append)
+        self.lease = self.catalogue.lookup(kind, endpoint, name, found.append, Owner("anonymous"))
         return found
 
     def listen(self, endpoint: str = "", **wanted: Any) -> tuple[Answers, atrax.Handle]:

@@ -833,7 +833,7 @@ def test_discover_on_the_own_endpoint_says_what_the_server_offers() -> None:
         "tasks": {},
     }
     assert result["_meta"][atrax.META_SERVER] == {"name": "a", "version": "1"}
-    assert middle.catalogue.offer("a") is not None
+    assert middle.catalogue.offer("a", atrax.EVERYTHING) is not None
     middle.down("a")
     assert middle.ask_for("server/discover", "a")[0].error is None  # it is known what it is
 

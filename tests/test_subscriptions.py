@@ -231,7 +231,7 @@ def test_a_cancelled_listen_is_done_once_and_hears_nothing_more() -> None:
     handle.cancel("closed")
     handle.cancel("closed")
     process.listens[0].update(A)
-    middle.subscriptions.listed(Kind.TOOLS, "")
+    middle.subscriptions.listed(Kind.TOOLS, "", lambda scope: True)
     assert answers.outcomes[0].error is not None
     assert answers.outcomes[0].error.code == atrax.CANCELLED
     assert answers.news == []
@@ -524,5 +524,5 @@ def test_in_any_order_each_listener_hears_each_update_once(actions: list[tuple[s
 def test_all_capabilities_of_the_recorder_are_what_a_server_can_declare() -> None:
     """Guards the tests themselves: a typing error in ALL would let them pass for nothing."""
     middle, _ = started()
-    offer = middle.catalogue.offer("s")
+    offer = middle.catalogue.offer("s", atrax.EVERYTHING)
     assert offer is not None and offer.capabilities == ALL
