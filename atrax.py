@@ -1590,6 +1590,15 @@ class Grant:
     servers: frozenset[str] | None = None
     tools: frozenset[tuple[str, str]] | None = None
 
+    def names(self, server: str, name: str) -> bool:
+        """Whether `tools` name that one of `server`."""
+        if self.tools is None:
+            return True
+        globs = [glob for owner, glob in self.tools if owner == server]
+        return len(name) <= _LONGEST_JUDGED and any(
+            fnmatch.fnmatchcase(name, glob) for glob in globs
+        )
+
 
 class Scope:
     """What a principal may use: anything that one of its grants allows. Equal grants are equal scopes.
@@ -1652,22 +1661,14 @@ class Scope:
 
     def _judge(self, server: str, name: str) -> bool:
         return any(
-            (grant.servers is None or server in grant.servers)
-            and (
-                grant.tools is None
-                or any(
-                    owner == server and fnmatch.fnmatchcase(name, glob)
-                    for owner, glob in grant.tools
-                )
-            )
+            (grant.servers is None or server in grant.servers) and grant.names(server, name)
             for grant in self.grants
         )
 
 
-_JUDGED: Final = (
-    10_000  # verdicts on tools that one scope keeps; names come from servers and clients
-)
-_LONGEST_JUDGED: Final = 1_000  # characters of a name whose verdict is kept
+_JUDGED: Final = 10_000  # verdicts on tools that one scope keeps; names come from anybody
+# Characters of a name that a glob can match. MCP has 128; one of 4 MB costs a glob up to 40 ms.
+_LONGEST_JUDGED: Final = 1_000
 EVERYTHING: Final = Scope()
 
 
