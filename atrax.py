@@ -61,6 +61,7 @@ import re
 import secrets
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -231,6 +232,7 @@ try:
         ]
     import orjson
     from pydantic import (
+        AfterValidator,
         BaseModel,
         BeforeValidator,
         ConfigDict,
@@ -406,7 +408,7 @@ EMBEDDED: Final = ("files", "notes")  # what `"command": "bundled:NAME"` may nam
 # ignored is worse than none, so each is refused by name until its feature lands and its row leaves.
 UNENFORCED: Final = frozenset({
     "auth.issuer", "auth.audience", "auth.jwks", "auth.grants",
-    "tls", "trusted_proxies", "log.audit", "replicas", "name",
+    "log.audit", "replicas", "name",
     "mcpServers.*.sandbox", "mcpServers.*.container",
     "mcpServers.*.pin", "mcpServers.*.clean",
 })  # fmt: skip
@@ -456,6 +458,16 @@ _Origin: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://[
 _Url: TypeAlias = Annotated[str, Field(pattern=r"^https?://[^/\s@?#]+(/[^\s?#]*)?$")]
 
 
+def _proxy(value: str) -> str:
+    if value != "unix":
+        try:
+            ipaddress.ip_network(value)
+        except ValueError as error:
+            known = '"10.1.2.3", "10.0.0.0/8", "unix"'
+            raise ValueError(f"{error}; write an address or a network, as {known}") from None
+    return value
+
+
 class _Options(BaseModel):
     # Strict: "4000" is no port and 1 is no bool. Frozen: what was checked stays so.
     model_config = ConfigDict(
@@ -472,7 +484,7 @@ class Limits(_Options):
     body_timeout: _Seconds = _option(30.0, "how long a request body may take", "s")
     connections: _Count = _option(20_000, "open connections")
     connections_per_address: _Count = _option(
-        5_000, "open connections of one address (not with `socket`)"
+        5_000, "open connections of one address (not of `trusted_proxies`, nor with `socket`)"
     )
     line: _Count = _option(64 * MIB, "longest line of a child; a longer one ends it", "bytes")
     # Above 240 orjson could no longer write what it read once the envelope stands around it.
@@ -595,6 +607,59 @@ class Auth(_Options):
     tokens: list[Token] = _option(list, "with `token`: the bearer tokens")
 
 
+class Tls(_Options):
+    """HTTPS, and certificates that clients must show."""
+
+    cert: _Text = Field(description="PEM file: the certificate, then those that lead to its CA")
+    key: _Text = Field(description="PEM file: its private key, not encrypted")
+    client_ca: _Text | None = _option(
+        None, "PEM file: CAs of clients; a certificate's subject is the principal", shown="none"
+    )
+
+    def context(self) -> ssl.SSLContext:
+        """What these files say, read now. Raises ValueError with a text for the user."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # TLS 1.2 at least, no compression
+        context.set_alpn_protocols(["http/1.1"])
+        context.options |= ssl.OP_NO_RENEGOTIATION
+        for file, what in ((self.cert, "CERTIFICATE"), (self.key, "PRIVATE KEY")):
+            _pem(file, what)
+        try:
+            context.load_cert_chain(self.cert, self.key, password=self._encrypted)
+        except ssl.SSLError as error:
+            if error.reason == "KEY_VALUES_MISMATCH":
+                raise ValueError(f"{self.key}: is not the key of {self.cert}") from None
+            # OpenSSL does not say which of the two it could not read.
+            why = error.reason or "not valid PEM"
+            raise ValueError(f"{self.cert}, or {self.key}: {why}") from None
+        if self.client_ca:
+            _pem(self.client_ca, "CERTIFICATE")
+            try:
+                context.load_verify_locations(self.client_ca)
+            except ssl.SSLError as error:
+                raise ValueError(f"{self.client_ca}: {error.reason or 'not valid PEM'}") from None
+            context.verify_mode = ssl.CERT_REQUIRED
+            # A resumed session is not verified again: it would outlive its certificate and its CA.
+            context.num_tickets, context.options = 0, context.options | ssl.OP_NO_TICKET
+        return context
+
+    def _encrypted(self) -> str:
+        # Without it OpenSSL would ask at the terminal, and a service would hang there.
+        raise ValueError(
+            f"{self.key}: is encrypted; decrypt it: openssl pkey -in {self.key} -out NEW"
+        )
+
+
+def _pem(file: str, what: str) -> None:
+    """Raise unless `file` can be read and has a PEM block of the kind `what`."""
+    try:
+        with open(file, "rb") as stream:
+            text = stream.read(MIB)
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from None
+    if not re.search(rb"-----BEGIN [A-Z ]*%b-----" % what.encode(), text):
+        raise ValueError(f"{file}: has no PEM block -----BEGIN {what}-----")
+
+
 def _server_schema(schema: dict[str, Json]) -> None:
     """What the reader accepts beyond the model: keys of other clients, and entries it skips."""
     properties = schema["properties"]
@@ -690,6 +755,7 @@ class Config(_Options):
     )
     port: Annotated[int, Field(ge=0, le=65535)] = _option(4000, "port; 0: any free one")
     socket: str | None = _option(None, "a Unix socket instead of a port", shown="none")
+    tls: Tls | None = _option(None, "HTTPS, and certificates that clients must show", shown="none")
     public_url: _Url | None = _option(None, "what clients call this gateway", shown="from Host")
     auth: Auth = _option(Auth, "how clients prove who they are")
     allowed_hosts: list[_Host] = _option(
@@ -697,6 +763,11 @@ class Config(_Options):
     )
     allowed_origins: list[_Origin] = _option(
         list, "accepted Origin headers of web pages", shown="none"
+    )
+    trusted_proxies: list[Annotated[str, AfterValidator(_proxy)]] = _option(
+        list,
+        "whose X-Forwarded-For, -Proto and -Host are believed: addresses, networks,"
+        ' and `"unix"` for who comes by `socket`',
     )
     separator: Annotated[str, Field(pattern=r"^[A-Za-z0-9_./-]{1,8}$")] = _option(
         "__", "between server and tool name"
@@ -715,7 +786,7 @@ class Config(_Options):
     @property
     def asks_who(self) -> bool:
         """Whether a client has to prove who it is."""
-        return self.auth.type != "none"
+        return self.auth.type != "none" or (self.tls is not None and self.tls.client_ca is not None)
 
     def server_of(self, glob: str) -> str | None:
         """The one server whose tools `glob` can name, on /mcp; None: it names no server's prefix.
@@ -897,6 +968,8 @@ class _ConfigReader:
                 self.secret(entry.get("token") if isinstance(entry, dict) else None)
         if isinstance(raw.get("socket"), str):
             raw["socket"] = os.path.join(self.folder, raw["socket"])
+        if isinstance(tls := raw.get("tls"), dict):
+            raw["tls"] = {key: _absolute(self.folder, value) for key, value in tls.items()}
         if isinstance(servers := raw.get("mcpServers"), dict):
             names = self.names(servers)
             ready = [(names[key], self.server(key, entry)) for key, entry in servers.items()]
@@ -1093,6 +1166,7 @@ class _ConfigReader:
                 message = f'"{server.prefix}" is the prefix of "{taken[server.prefix]}" too'
                 self.wrong(message, "mcpServers", self.originals.get(name, name), "prefix")
             taken.setdefault(server.prefix, name)
+        self.transport(config)
         self.judge_auth(config)
         reachable = not config.socket and not is_loopback(config.host)
         if reachable and not config.asks_who and not config.auth.unsafe:
@@ -1152,6 +1226,20 @@ class _ConfigReader:
                 message = f'"{glob}" allows nothing: "{server}" is not among "servers"'
                 self.remark(message, *path, "tools", at)
 
+    def transport(self, config: Config) -> None:
+        """TLS and proxies."""
+        if config.tls is not None:
+            if config.socket:
+                self.wrong("a Unix socket is for a proxy on this machine, which does TLS", "tls")
+            try:
+                config.tls.context()
+            except ValueError as error:
+                self.wrong(str(error), "tls")
+        for at, proxy in enumerate(config.trusted_proxies):
+            if proxy.endswith("/0"):
+                message = "everybody is trusted: any client chooses the address that is shown"
+                self.remark(message, "trusted_proxies", at)
+
 
 # ---- What the options are, for `schema`, README and hints ----
 
@@ -1165,6 +1253,7 @@ _HOMES: Final[dict[str, type[_Options]]] = {
     "log": LogConfig,
     "auth": Auth,
     "auth.tokens[]": Token,
+    "tls": Tls,
 }
 
 
@@ -1958,8 +2047,10 @@ class HttpParser:
 
     After `next` gave a request, `last` and `chunks` tell of it until `next` is called again."""
 
-    def __init__(self, limits: Limits, address: str = "", secure: bool = False) -> None:
-        self._limits, self._address, self._secure = limits, address, secure
+    def __init__(self, limits: Limits, address: str = "", certificate: str | None = None) -> None:
+        self._limits, self._address = limits, address
+        # None: not over TLS; "": TLS asked for none.
+        self._secure, self._certificate = certificate is not None, certificate or ""
         self._data = b""  # received and not consumed from _at on
         self._at = 0
         self._clean = 0  # bytes of an unfinished head or trailer that were looked at
@@ -2052,7 +2143,8 @@ class HttpParser:
         self.last, self.chunks, self.expects = head.last, head.chunks, head.expects
         self._at = end + 4
         return HttpRequest(
-            head.method, head.path, head.query, head.headers, b"", self._address, self._secure, head.facts
+            head.method, head.path, head.query, head.headers, b"", self._address, self._secure,
+            head.facts, self._certificate,
         )  # fmt: skip
 
     def _refuse_early(self, head: bytes, clean: int = 0) -> None:
@@ -2407,7 +2499,8 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_advancing", "_again", "_deadline", "_full", "_held", "_parser", "_paused", "_phase",
-        "_reply", "_server", "_taken", "_taken_at", "_transport", "_written", "address", "last",
+        "_reply", "_server", "_taken", "_taken_at", "_transport", "_until", "_written", "address",
+        "last",
     )  # fmt: skip
 
     def __init__(self, server: HttpServer) -> None:
@@ -2423,6 +2516,7 @@ class Connection(asyncio.Protocol):
         self._held = 0  # what this connection has added to server.held
         self._written = self._taken = 0  # bytes: given to the transport, taken by the kernel
         self._taken_at = server.now
+        self._until = math.inf  # when the client's certificate expires
         self.address = ""
         self.last = False  # the response under way is the last on this connection
 
@@ -2432,14 +2526,34 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
         peer, sock = transport.get_extra_info("peername"), transport.get_extra_info("socket")
         if isinstance(peer, tuple):
-            self.address = str(peer[0]).removeprefix("::ffff:")
+            self.address = _client_address(peer)
             # Without it an answer in two writes waits 40 ms for an acknowledgement.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        secure = transport.get_extra_info("sslcontext") is not None
-        self._parser = HttpParser(self._server.limits, self.address, secure)
+        if transport.get_extra_info("sslcontext") is not None:
+            self._secured()
+            return
+        self._parser = HttpParser(self._server.limits, self.address)
         refusal = self._server.admit(self)
         if refusal is not None:
             self._refuse(refusal)
+
+    def _secured(self) -> None:
+        """TLS is agreed upon: the client's request begins now. Handshake has counted us."""
+        assert self._transport is not None
+        tls = self._transport.get_extra_info("ssl_object")
+        try:
+            shown = tls.getpeercert() if tls.context.verify_mode else None
+            certificate = _subject(shown) if shown is not None else ""
+        except ValueError as error:
+            self._server.unsecured(self, error)
+            self._enter(Phase.LINGER)  # what comes now is no request
+            self.abort()
+            return
+        if shown:
+            left = ssl.cert_time_to_seconds(str(shown["notAfter"])) - time.time()
+            self._until = self._server.now + left
+        self._parser = HttpParser(self._server.limits, self.address, certificate)
+        self._deadline = self._server.now + self._server.limits.header_timeout
 
     def data_received(self, data: bytes) -> None:
         if self._phase is Phase.LINGER:
@@ -2660,6 +2774,8 @@ class Connection(asyncio.Protocol):
             message = f"{self.address}: took nothing for {STALLED:g} s; cut"
             self._server.record.emit("http.stalled", "debug", address=self.address, message=message)
             self.abort()
+        if now >= self._until:
+            self.abort()  # with its streams: what was proved is not true any more
         if now < self._deadline:
             return
         if self._phase is Phase.BODY:
@@ -2672,13 +2788,98 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
 
+class Handshake(asyncio.Protocol):
+    """A connection until client and server agree on TLS.
+
+    asyncio's own listener for TLS tells nobody of a connection before that, so whoever connects
+    and says nothing would be counted nowhere, as often as there are descriptors. Here it counts as
+    a Connection from the first, and `renew` concerns the next one. So it is accepted in clear, and
+    before a byte is read a copy of its socket starts anew with TLS: `start_tls` would be shorter,
+    and loses with uvloop what the client has said already."""
+
+    __slots__ = ("_context", "_server")
+
+    def __init__(self, server: HttpServer, context: ssl.SSLContext) -> None:
+        self._server, self._context = server, context
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        server, connection = self._server, Connection(self._server)
+        connection.address = _client_address(transport.get_extra_info("peername") or ("",))
+        refusal = server.admit(connection)
+        try:
+            if refusal is not None:
+                # No answer: it would need the handshake, which is what makes a flood expensive.
+                server.refused(connection, refusal, "")
+                server.forget(connection)
+                return
+            copy = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
+            copy.setblocking(False)
+            server.shake(self._agree(connection, copy))
+        except OSError as error:
+            server.unsecured(connection, error)
+            server.forget(connection)
+        finally:
+            cast(asyncio.Transport, transport).abort()
+
+    async def _agree(self, connection: Connection, sock: socket.socket) -> None:
+        """Ends when TLS is agreed upon, or the connection is gone."""
+        server = self._server
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: connection, sock, ssl=self._context,
+                ssl_handshake_timeout=server.limits.header_timeout, ssl_shutdown_timeout=LINGER,
+            )  # fmt: skip
+        except OSError as error:
+            server.unsecured(connection, error)
+            connection.connection_lost(error)
+
+
+def _client_address(peer: Sequence[Any]) -> str:
+    return str(peer[0]).removeprefix("::ffff:")
+
+
+# RFC 4514, 3; names that OpenSSL writes out.
+_ATTRIBUTES: Final = {
+    "commonName": "CN", "localityName": "L", "stateOrProvinceName": "ST", "organizationName": "O",
+    "organizationalUnitName": "OU", "countryName": "C", "streetAddress": "STREET",
+    "domainComponent": "DC", "userId": "UID",
+}  # fmt: skip
+
+
+def _subject(certificate: Mapping[str, Any]) -> str:
+    """The subject of a client's certificate as RFC 4514 writes it, as `CN=alice,O=Acme`.
+
+    Raises ValueError for one without: that would be anybody."""
+    names = ["+".join(map(_attribute, name)) for name in certificate.get("subject", ())]
+    if not names:
+        raise ValueError("the client's certificate has no subject")
+    return ",".join(reversed(names))
+
+
+def _attribute(pair: tuple[str, str]) -> str:
+    """`CN=alice`, with what would read as another attribute escaped (RFC 4514, 2.4)."""
+    value = re.sub(r'[,+"\\<>;]|^[ #]| $', r"\\\g<0>", pair[1])
+    # A line end in a name would be a line of its own in the log.
+    shown = (c if c.isprintable() else "".join(f"\\{b:02X}" for b in c.encode()) for c in value)
+    return f"{_ATTRIBUTES.get(pair[0], pair[0])}={''.join(shown)}"
+
+
 class HttpServer:
     """Listens, and owns every connection."""
 
     def __init__(
-        self, handler: Handler, limits: Limits, record: Record, clock: Callable[[], float]
+        self,
+        handler: Handler,
+        limits: Limits,
+        record: Record,
+        clock: Callable[[], float],
+        tls: ssl.SSLContext | None = None,
+        exempt: Callable[[str], bool] = lambda address: not address,
     ) -> None:
+        """`exempt`: whose address may have any number of connections; "" is the Unix socket."""
         self.handler, self.limits, self.record = handler, limits, record
+        self._context, self._exempt = tls, exempt
+        self._handshakes: set[asyncio.Task[None]] = set()
         self.now = self._woken = clock()  # as of the last wake: no clock is read per request
         # How long a connection may stay in each phase; the clock of an answer is the Gateway's.
         self.patience = (
@@ -2695,7 +2896,7 @@ class HttpServer:
 
     async def listen(self, host: str, port: int, unix_socket: str | None = None) -> list[str]:
         """Start serving; where, as URLs. Raises UsageError that says what to do."""
-        loop, connect = asyncio.get_running_loop(), functools.partial(Connection, self)
+        loop, connect = asyncio.get_running_loop(), self._connect
         try:
             if unix_socket:
                 if _answers(unix_socket):
@@ -2710,7 +2911,26 @@ class HttpServer:
             self._socket_path = unix_socket
             return [f"unix:{unix_socket}"]
         names = [sock.getsockname()[:2] for sock in listener.sockets]
-        return [f"http://[{a}]:{p}" if ":" in a else f"http://{a}:{p}" for a, p in names]
+        scheme = "https" if self._context else "http"
+        return [f"{scheme}://[{a}]:{p}" if ":" in a else f"{scheme}://{a}:{p}" for a, p in names]
+
+    def _connect(self) -> asyncio.Protocol:
+        return Handshake(self, self._context) if self._context else Connection(self)
+
+    def shake(self, handshake: Coroutine[Any, Any, None]) -> None:
+        """Own a handshake: as many as there are connections, each as long as header_timeout."""
+        task = asyncio.get_running_loop().create_task(handshake)
+        self._handshakes.add(task)
+        task.add_done_callback(self._handshakes.discard)
+
+    def renew(self, context: ssl.SSLContext) -> None:
+        """Use `context` for connections to come.
+
+        Where clients show certificates, each connection ends with its answer: the next one is
+        verified against the new CAs."""
+        self._context = context
+        for connection in tuple(self.connections) if context.verify_mode else ():
+            connection.drain()
 
     def next_id(self) -> str:
         """The id of one more request. Cheap (0.1 us) and unique; it is no secret."""
@@ -2723,7 +2943,7 @@ class HttpServer:
         count = self._addresses[address] = self._addresses.get(address, 0) + 1
         if len(self.connections) > self.limits.connections:
             return HttpError(503, "too many connections", [("Retry-After", "1")])
-        if address and count > self.limits.connections_per_address:
+        if count > self.limits.connections_per_address and not self._exempt(address):
             return HttpError(429, "too many connections of this address", [("Retry-After", "1")])
         return None
 
@@ -2740,6 +2960,14 @@ class HttpServer:
         self.record.emit(
             "http.refused", "debug", request=ident, status=error.status, address=connection.address,
             message=f"{connection.address or 'a local client'}: {error}",
+        )  # fmt: skip
+
+    def unsecured(self, connection: Connection, error: Exception) -> None:
+        """Record a handshake that failed; on debug, as above."""
+        reason = getattr(error, "reason", None) or str(error) or type(error).__name__
+        self.record.emit(
+            "tls.refused", "debug", address=connection.address,
+            message=f"{connection.address}: no TLS: {reason}",
         )  # fmt: skip
 
     def failed(self, what: str, error: Exception, **of: str) -> None:
@@ -2776,6 +3004,9 @@ class HttpServer:
             await asyncio.sleep(0.01)
         for connection in tuple(self.connections):
             connection.abort()
+        for handshake in self._handshakes:
+            handshake.cancel()
+        await asyncio.gather(*self._handshakes, return_exceptions=True)
         if self._socket_path:
             with contextlib.suppress(OSError):
                 os.unlink(self._socket_path)
@@ -2824,6 +3055,8 @@ _BEARER: Final = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.IGNORECASE)  #
 WRONG_TOKENS: Final = 10  # from one address in WRONG_WINDOW seconds; the next ones get 429
 WRONG_WINDOW: Final = 60.0
 _WRONG_ADDRESSES: Final = 10_000  # that are remembered, the latest ones
+_PEERS: Final = 1024  # addresses of which is remembered whether they are trusted
+_WITH_PORT: Final = re.compile(r"\[([^\]]*)\](?::[0-9]+)?|([0-9.]+):[0-9]+")
 
 
 class WrongTokens:
@@ -2897,6 +3130,37 @@ class Identity:
             for token in config.auth.tokens
         }
         self._wrong: WrongTokens = WrongTokens() if before is None else before._wrong
+        proxies = [one for one in config.trusted_proxies if one != "unix"]
+        self._proxies = [ipaddress.ip_network(one) for one in proxies]
+        self._unix = "unix" in config.trusted_proxies
+        self.proxied = bool(config.trusted_proxies)  # else `unveil` has nothing to do
+        self.trusts = functools.lru_cache(_PEERS)(self._trusts)
+        self._certified = config.tls is not None and config.tls.client_ca is not None
+
+    def unveil(self, request: HttpRequest) -> None:
+        """Make `request` what it was before trusted proxies passed it on: the client's address,
+        scheme and Host. Of other peers nothing is believed, and `Forwarded` of nobody.
+
+        Each proxy appends to X-Forwarded-For, so the list is true from the right, as far as who
+        wrote an entry is trusted: what is left of the first stranger is the stranger's own word.
+        Of the other two the last one counts, which our peer wrote."""
+        if not self.trusts(request.address):
+            return
+        headers = request.headers
+        rest = headers.get("x-forwarded-for", "")
+        while rest and self.trusts(request.address):
+            rest, _, entry = rest.rpartition(",")
+            address = _address(entry.strip())
+            if not address:
+                break  # who wrote this is trusted, and the last whom we know
+            request.address = address
+        scheme = headers.get("x-forwarded-proto", "").rpartition(",")[2].strip().lower()
+        if scheme in _DEFAULT_PORTS:
+            request.secure = scheme == "https"
+        host = headers.get("x-forwarded-host", "").rpartition(",")[2].strip()
+        if host and host != headers.get("host"):
+            # A copy: the next one with this head may come from somebody else (HttpRequest.facts).
+            request.headers, request.facts = {**headers, "host": host}, {}
 
     def check(self, request: HttpRequest) -> Owner:
         """Who sent `request`, without a session; raises HttpError 403, 401 or 429.
@@ -2923,7 +3187,7 @@ class Identity:
 
         Only the Authorization header is looked at: a URL stands in logs, histories and Referer."""
         if self._type == "none":
-            return ANONYMOUS
+            return Owner(request.certificate) if self._certified else ANONYMOUS
         # The digest follows from the head alone, so it is found once (HttpRequest.facts).
         digest = request.facts.get("bearer") or _bearer(request)
         if digest is None:
@@ -2948,7 +3212,7 @@ class Identity:
         if owner.expires <= now:
             return False
         if self._type == "none":
-            return owner.principal == ANONYMOUS.principal
+            return (owner.principal == ANONYMOUS.principal) is not self._certified
         return any(
             same.principal == owner.principal
             and same.expires > now
@@ -3024,6 +3288,16 @@ class Identity:
         own = _LOOPBACK.fullmatch(name) is not None or name in self._own
         return own and origin.lower() == f"{'https' if request.secure else 'http'}://{host}"
 
+    def _trusts(self, address: str) -> bool:
+        """Whether the peer at `address` is one of `trusted_proxies`; "" is who uses the socket."""
+        if not address:
+            return self._unix
+        try:
+            known = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(known in network for network in self._proxies)
+
 
 def _bearer(request: HttpRequest) -> bytes | None:
     """SHA-256 of the token in `request`; None if there is none.
@@ -3037,6 +3311,21 @@ def _bearer(request: HttpRequest) -> bytes | None:
     digest = hashlib.sha256(match[1].encode()).digest() if match else b"malformed"
     request.facts["bearer"] = digest
     return digest
+
+
+def _address(text: str) -> str:
+    """An entry of X-Forwarded-For without its port, in one spelling; "" if it is none."""
+    if match := _WITH_PORT.fullmatch(text):
+        text = match[1] or match[2]
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return ""  # RFC 7239, 6: "unknown", or a name that hides the client
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.scope_id is not None:
+            return ""  # any text may stand there
+        address = address.ipv4_mapped or address
+    return str(address)
 
 
 def _bracketed(host: str) -> str:
@@ -11579,7 +11868,8 @@ class Atrax:
         )
         self.identity = Identity(config)
         self.endpoints = Endpoints(self.record, self.status)
-        self.http = HttpServer(self, config.limits, self.record, clock)
+        tls = config.tls.context() if config.tls else None
+        self.http = HttpServer(self, config.limits, self.record, clock, tls, self._is_exempt)
         self.urls: list[str] = []
         self._aloud: dict[str, Throttle] = {}  # by event
         self._ticking: asyncio.TimerHandle | None = None
@@ -11623,7 +11913,7 @@ class Atrax:
             self.record.emit("internal.error", "error", message=f"{step}: {error!r}")
 
     async def reload(self, load: Callable[[], Config]) -> None:
-        """Take over what may change at SIGHUP: who may come in (`auth`).
+        """Take over what may change at SIGHUP: who may come in (`auth`), and the files of `tls`.
 
         The whole file is read and checked, in a thread, since a disk may hang. What is new is made
         complete before anything is swapped, so a mistake changes nothing; after that nothing waits
@@ -11635,12 +11925,16 @@ class Atrax:
                 raise UsageError('"auth.type" needs a restart: it decides where Atrax may listen')
             config = self.config.model_copy(update={"auth": new.auth})
             identity = Identity(config)
-        except AtraxError as error:
+            context = await asyncio.to_thread(config.tls.context) if config.tls else None
+        except (AtraxError, ValueError) as error:
             why = "; ".join(str(error).splitlines())
             self.record.emit("reload.failed", "error", message=f"nothing was changed: {why}")
             return
         changed = ["auth"] if config.auth != self.config.auth else []
         self.config, self.identity = config, identity
+        if context is not None:
+            self.http.renew(context)
+            changed.append("tls")
         later = _differing(config, new)
         message = f"took over {', '.join(changed) or 'nothing new'} from the config"
         if later:
@@ -11670,10 +11964,16 @@ class Atrax:
     def told(self, server: str, place: str, notice: Notice) -> None:
         self.subscriptions.told(server, place, notice)
 
+    def _is_exempt(self, address: str) -> bool:
+        """Whether `address` stands for many clients: a proxy, or the socket."""
+        return not address or self.identity.trusts(address)
+
     # ---- Handler: which section a request is for ----
 
     def handle(self, request: HttpRequest, reply: Reply) -> None:
         """Route by path. A refusal is answered here; what it says goes to the record too."""
+        if self.identity.proxied:
+            self.identity.unveil(request)
         try:
             self._route(request, reply)
         except HttpError as error:

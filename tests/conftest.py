@@ -16,6 +16,7 @@ import json
 import os
 import re
 import signal
+import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -43,6 +44,7 @@ class Running:
 
     def __init__(self, process: asyncio.subprocess.Process, config: Path) -> None:
         self.process, self.config, self.url = process, config, ""
+        self.tls: ssl.SSLContext | None = None  # of clients, where `url` is https
         self.log: list[str] = []
         self._news = asyncio.Condition()
         self._clients: list[wire.Modern | wire.Legacy] = []
@@ -63,6 +65,7 @@ class Running:
 
     def modern(self, server: str | None = None, **more: Any) -> wire.Modern:
         """A modern client; `more` as for wire.Modern."""
+        more.setdefault("http", wire.Http(self.url, self.tls))
         client = wire.Modern(self.endpoint(server), **more)
         self._clients.append(client)
         return client
@@ -71,13 +74,14 @@ class Running:
         self, server: str | None = None, version: str = "2025-11-25", **more: Any
     ) -> wire.Legacy:
         """A legacy client with an open session; `more` as for wire.Legacy.start."""
+        more.setdefault("http", wire.Http(self.url, self.tls))
         client = await wire.Legacy.start(self.endpoint(server), version, **more)
         self._clients.append(client)
         return client
 
     async def get(self, path: str, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
         """Status and body of a GET on a connection of its own."""
-        http = wire.Http(self.url)
+        http = wire.Http(self.url, self.tls)
         try:
             return await http.get(path, headers)
         finally:
@@ -169,7 +173,7 @@ def heard() -> Iterator[list[spoken.Peer]]:
 
 @pytest.fixture
 async def atrax(tmp_path: Path) -> AsyncIterator[Start]:
-    """Starts gateways: `await atrax(config, *options, program=…, env=None, judged=True)` → Running, listening.
+    """Starts gateways: `await atrax(config, *options, program=…, env=None, judged=True, tls=None)` → Running, listening.
 
     `config` is a dict, or the path of a file. A port is chosen by the system unless the config has one.
     `program` is what to run in place of atrax.py, as the fixture `archive`. What is said to the test servers is
@@ -193,6 +197,7 @@ async def starting(folder: Path) -> AsyncIterator[Start]:
         program: Path = ARCHIVE,  # what users run; it starts in half the time of a checkout
         env: dict[str, str] | None = None,
         judged: bool = True,
+        tls: ssl.SSLContext | None = None,
     ) -> Running:
         file = config if isinstance(config, Path) else folder / f"config{len(gateways)}.json"
         if not isinstance(config, Path):
@@ -207,6 +212,7 @@ async def starting(folder: Path) -> AsyncIterator[Start]:
             limit=wire.LIMIT,
         )
         gateway = Running(process, file)
+        gateway.tls = tls
         gateways.append(gateway)
         socket = config.get("socket") if isinstance(config, dict) else None
         if socket:

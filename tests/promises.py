@@ -220,6 +220,19 @@ PROMISES: Final = {
         "Trace context, other `_meta` and unknown members pass untouched, both ways.",
         "DESIGN, Everything travels",
     ),
+    # Who comes, and how
+    "tls.https": Promise(
+        "With `tls` Atrax speaks HTTPS, TLS 1.2 or newer, and nothing in clear.",
+        "DESIGN, Config, tls",
+    ),
+    "tls.certificates": Promise(
+        "With `client_ca` nobody comes without a certificate of it, whose subject is the principal.",
+        "DESIGN, Config, tls",
+    ),
+    "proxies.trusted": Promise(
+        "X-Forwarded-* counts from `trusted_proxies` alone, and no client can forge its address.",
+        "DESIGN, Config, trusted_proxies; issue 6",
+    ),
     # The documents
     "docs.keys": Promise(
         "README's table of keys is the one that the code declares.", "STYLE, Tests; README"

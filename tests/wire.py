@@ -19,6 +19,7 @@ import asyncio
 import dataclasses
 import itertools
 import json
+import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -77,17 +78,25 @@ class Event:
 
 
 class Connection:
-    """One connection, one request at a time. `url` may be http://HOST:PORT or unix:/PATH."""
+    """One connection, one request at a time. `url` may be http[s]://HOST:PORT or unix:/PATH."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
 
     @classmethod
-    async def to(cls, url: str) -> Connection:
+    async def to(
+        cls, url: str, tls: ssl.SSLContext | None = None, source: str | None = None
+    ) -> Connection:
+        """`source`: the address to come from, as 127.0.0.2."""
         parts = urlsplit(url)
         if parts.scheme == "unix":
             return cls(*await asyncio.open_unix_connection(parts.path, limit=LIMIT))
-        return cls(*await asyncio.open_connection(parts.hostname, parts.port, limit=LIMIT))
+        local = (source, 0) if source else None
+        return cls(
+            *await asyncio.open_connection(
+                parts.hostname, parts.port, limit=LIMIT, ssl=tls, local_addr=local
+            )
+        )
 
     async def send(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> None:
         lines = [
@@ -191,8 +200,10 @@ def _event(block: str) -> Event:
 class Http:
     """Keep-alive connections to one origin; as many as there are requests at once."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(
+        self, url: str, tls: ssl.SSLContext | None = None, source: str | None = None
+    ) -> None:
+        self.url, self._tls, self._source = url, tls, source
         self._idle: list[Connection] = []
         self._open: set[Connection] = set()
 
@@ -200,7 +211,10 @@ class Http:
         self, method: str, target: str, headers: Mapping[str, str] | None = None, body: bytes = b""
     ) -> Exchange:
         """Send and read the head. Host and Content-Length are added unless given; 100 is passed over."""
-        connection = self._idle.pop() if self._idle else await Connection.to(self.url)
+        if self._idle:
+            connection = self._idle.pop()
+        else:
+            connection = await Connection.to(self.url, self._tls, self._source)
         self._open.add(connection)
         sent = {"Host": urlsplit(self.url).netloc or "localhost", **(headers or {})}
         if body or method == "POST":
