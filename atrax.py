@@ -408,7 +408,7 @@ EMBEDDED: Final = ("files", "notes")  # what `"command": "bundled:NAME"` may nam
 # ignored is worse than none, so each is refused by name until its feature lands and its row leaves.
 UNENFORCED: Final = frozenset({
     "auth.issuer", "auth.audience", "auth.jwks", "auth.grants",
-    "log.audit", "replicas", "name",
+    "replicas", "name",
     "mcpServers.*.sandbox", "mcpServers.*.container",
     "mcpServers.*.pin", "mcpServers.*.clean",
 })  # fmt: skip
@@ -530,10 +530,13 @@ class Paths(_Options):
 
 
 class LogConfig(_Options):
-    """What is written to stderr."""
+    """What is written to stderr, and what is kept of each call."""
 
     level: Literal["debug", "info", "warning", "error"] = _option("info", "least level shown")
     format: Literal["text", "json"] = _option("text", "for people or for machines")
+    audit: _Text | None = _option(
+        None, "a file that gets one JSON line per call, reopened at SIGHUP", shown="none"
+    )
 
 
 def _instant(value: Json) -> float:
@@ -774,7 +777,7 @@ class Config(_Options):
     )
     limits: Limits = _option(Limits, "what one client, child or message may take")
     drain: Annotated[float, Field(ge=0)] = _option(10.0, "for calls in flight at SIGTERM", "s")
-    log: LogConfig = _option(LogConfig, "what is written to stderr")
+    log: LogConfig = _option(LogConfig, "what is written to stderr, and what is kept of each call")
     key: Annotated[str, Field(min_length=16)] | None = Field(
         default=None, repr=False, description="secret that signs session ids and requestState",
         json_schema_extra={"shown": "random at start"},
@@ -970,6 +973,8 @@ class _ConfigReader:
             raw["socket"] = os.path.join(self.folder, raw["socket"])
         if isinstance(tls := raw.get("tls"), dict):
             raw["tls"] = {key: _absolute(self.folder, value) for key, value in tls.items()}
+        if isinstance(log := raw.get("log"), dict) and "audit" in log:
+            raw["log"] = {**log, "audit": _absolute(self.folder, log["audit"])}
         if isinstance(servers := raw.get("mcpServers"), dict):
             names = self.names(servers)
             ready = [(names[key], self.server(key, entry)) for key, entry in servers.items()]
@@ -1313,6 +1318,23 @@ CounterKey: TypeAlias = tuple[str | tuple[str, str], ...]  # name, then label an
 LOG_LINES: Final = 10_000  # waiting for a slow stderr; past it the oldest are dropped and counted
 
 
+# What may be an attack. The names are stable: alerts and searches are built on them. Each is counted
+# in `atrax_events_total`, from 0 on, so that a rate shows the first one too.
+ALARMS: Final = {
+    "auth.failed": "a token that is unknown, malformed or expired",
+    "auth.slowed": "an address that tried too many wrong tokens waits before its next one",
+    "host.refused": "a Host header that is not ours: a rebound name, or a proxy that is not configured",
+    "origin.refused": "a web page that is not in `allowed_origins` sent a request",
+    "path.refused": "a call named a path outside of its server's `paths`",
+    "rate.refused": "a principal called more often than `limits.rate`, or had `limits.inflight` calls open",
+    "session.refused": "a request named a session of another principal, or of another endpoint",
+    "state.refused": "a `requestState` that was forged, altered, or belongs to another call or principal",
+    "audit.failed": "the audit file cannot be written; how many lines are lost so far",
+    "reload.failed": "SIGHUP found a config that is wrong; nothing was changed",
+}
+TOLD: Final = (10, 60.0)  # alarms of one name that are told, in so many seconds; all are counted
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Event:
     """One thing that happened. `name` is stable (`child.exited`), `time` in seconds since the epoch."""
@@ -1330,7 +1352,9 @@ class Record:
         self._known: set[str] = set()
         self._secrets: re.Pattern[str] | None = None
         self._watchers: list[Callable[[Event], None]] = []
-        self.counters: dict[CounterKey, int] = {}
+        self._told = {name: Throttle(*TOLD) for name in ALARMS}
+        self.counters: dict[CounterKey, int] = {("events", ("event", name)): 0 for name in ALARMS}
+        self.audited = False  # whether somebody wants to hear of each call
         self.hide(secrets)
 
     def hide(self, secrets: Iterable[str]) -> None:
@@ -1342,11 +1366,26 @@ class Record:
 
     def emit(self, event: str, level: str = "info", **fields: Json) -> None:
         """Publish `event`. `message`, where given, is a sentence for people; `server` names a server."""
-        shown = self.redact(fields) if self._secrets else fields
-        self.count("events", event=event)
-        happened = Event(time.time(), event, level, shown)
+        self.publish(event, level, self.redact(fields) if self._secrets else fields)
+
+    def publish(self, event: str, level: str, fields: Mapping[str, Json]) -> None:
+        """`emit`, for who has redacted what others chose of `fields`: that saves 5 us of each call."""
+        key: CounterKey = ("events", ("event", event))
+        self.counters[key] = self.counters.get(key, 0) + 1
+        happened = Event(time.time(), event, level, fields)
         for watcher in self._watchers:
             watcher(happened)
+
+    def alarm(self, event: str, message: str, **fields: Json) -> None:
+        """Publish one of ALARMS, a few of each a minute: who raises them must not fill the log."""
+        now, throttle = time.monotonic(), self._told[event]
+        more = throttle.left_out(now)
+        if not throttle.passes(now):
+            self.count("events", event=event)
+            return
+        if more:
+            message += f" (and {more} more like it before)"
+        self.emit(event, "warning", **fields, message=message)
 
     def count(self, name: str, **labels: str) -> None:
         """One more of the counter `atrax_NAME_total` with these labels; no event, no log line."""
@@ -1482,6 +1521,114 @@ class Log:
         text = " ".join(part for part in (message or event.name, "" if message else rest) if part)
         head = f"{clock} {event.level:<7} " + (f"{server}: " if server else "")
         return head + _printable(text)
+
+
+AUDITED: Final = "call.ended"  # the event that the audit file is made of
+AUDIT_LINES: Final = 10_000  # waiting for a slow disk; past it lines are lost, and how many is said
+_AUDIT_BATCH: Final = 250  # lines in one write
+_AUDIT_TOLD: Final = 60.0  # seconds between two events while the trouble is the same
+
+
+class Audit:
+    """The view that stays: one JSON line per call, in a file that is only ever appended to.
+
+    Written by a thread, so that a disk that hangs stops nobody; it is woken five times a second, which
+    costs a call less than a wake-up of its own. What cannot be written now is tried again later, whole
+    lines, in order. What is lost is told twice: by an event, and by a line where it is missing."""
+
+    def __init__(self, path: str, record: Record) -> None:
+        """Raises UsageError where `path` cannot be opened."""
+        self._path, self._record = path, record
+        self._lines: deque[bytes] = deque()
+        self._batch, self._at = b"", 0  # what is being written, and how much of it is
+        self._lost = 0  # lines that are not told of in the file yet
+        self._trouble = self._told = ""  # why nothing can be written; what was said of it …
+        self._told_at = -math.inf  # … and when
+        self._stale = self._closing = False
+        self._work = threading.Event()
+        try:
+            self._file = self._open()
+        except OSError as error:
+            text = f"log.audit: {path} cannot be opened: {error.strerror}"
+            raise UsageError(f"{text}. It must be a file that this user may append to") from None
+        self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
+        self._thread.start()
+
+    def __call__(self, event: Event) -> None:
+        if event.name != AUDITED:
+            return
+        if len(self._lines) >= AUDIT_LINES:
+            self._lost += 1
+            self._record.count("audit_lost")
+            return
+        if self._lost:
+            gap = {"time": round(event.time, 3), "event": "audit.failed", "lost": self._lost}
+            self._lines.append(orjson.dumps(gap, option=orjson.OPT_APPEND_NEWLINE))
+            self._lost = 0
+        line = {"time": round(event.time, 3), **event.fields}
+        self._lines.append(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+
+    def reopen(self) -> None:
+        """Go on in the file that has the path now: the old one was renamed (logrotate)."""
+        self._stale = True
+        self._work.set()
+
+    def wake(self, now: float) -> None:
+        """Have written what waits, and say what is wrong with the file: once, and once a minute."""
+        trouble, told = self._trouble, self._told
+        if self._lines or trouble or self._stale:
+            self._work.set()
+        if trouble == told and (not trouble or now - self._told_at < _AUDIT_TOLD):
+            return
+        self._told, self._told_at = trouble, now
+        if not trouble:
+            self._record.emit("audit.resumed", message=f"{self._path} can be written again")
+            return
+        waiting, lost = len(self._lines), self._record.counters.get(("audit_lost",), 0)
+        text = f"{self._path} cannot be written: {trouble}; {waiting} lines wait, {lost} are lost"
+        self._record.alarm("audit.failed", text, waiting=waiting, lost=lost)
+
+    def close(self, patience: float = 1.0) -> None:
+        """Write what waits, `patience` seconds at most; then nothing more is written."""
+        self._closing = True
+        self._work.set()
+        self._thread.join(patience)
+
+    # ---- the thread ----
+
+    def _open(self) -> int:
+        # Without O_NONBLOCK a pipe that nobody reads would hold us here for ever.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
+        return os.open(self._path, flags, 0o600)
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._work.wait()
+            self._work.clear()
+            try:
+                self._write()
+                self._trouble = ""
+            except OSError as error:
+                self._trouble = error.strerror or str(error)
+
+    def _write(self) -> None:
+        """All that waits; raises OSError, with nothing forgotten that was not written."""
+        # A file without a name is read by nobody: somebody removed it, or its directory.
+        if self._stale or not os.fstat(self._file).st_nlink:
+            fresh = self._open()
+            os.close(self._file)
+            self._file, self._stale, self._at = fresh, False, 0
+        while self._batch or self._lines:
+            if not self._batch:
+                count = min(len(self._lines), _AUDIT_BATCH)
+                self._batch = b"".join(self._lines.popleft() for _ in range(count))
+            self._at += os.write(self._file, self._batch[self._at :])
+            if self._at < len(self._batch):  # what is missing is told by the next try
+                # In another file the line that is cut here must stand whole.
+                start = self._batch.rfind(b"\n", 0, self._at) + 1
+                self._batch, self._at = self._batch[start:], self._at - start
+            else:
+                self._batch, self._at = b"", 0
 
 
 def _printable(text: str) -> str:
@@ -1802,6 +1949,13 @@ class Call:
     any_output: bool = (
         True  # False: the client knows outputSchema and structuredContent of type object only
     )
+
+    @property
+    def origin(self) -> dict[str, Json]:
+        """Whose it is, as events say it."""
+        return {
+            "request": self.request, "principal": self.owner.principal, "address": self.address
+        }  # fmt: skip
 
 
 @dataclasses.dataclass(slots=True)
@@ -2934,7 +3088,7 @@ class HttpServer:
 
     def next_id(self) -> str:
         """The id of one more request. Cheap (0.1 us) and unique; it is no secret."""
-        return f"{self._ids}{next(self._count):x}"
+        return f"{self._ids}{next(self._count)}"
 
     def admit(self, connection: Connection) -> HttpError | None:
         """Count a new connection; why it is not served, if so."""
@@ -3862,7 +4016,7 @@ class _ModernCall(_Caller):
     `reply` is None while no response is open: parked, or over."""
 
     __slots__ = (
-        "body", "client", "declared", "endpoint", "feed", "ident", "level", "method", "owner",
+        "body", "call", "client", "declared", "endpoint", "feed", "ident", "level", "method", "owner",
         "parked", "prefill", "refused", "reply", "retried", "token",
     )  # fmt: skip
 
@@ -3874,7 +4028,7 @@ class _ModernCall(_Caller):
         self.reply: Reply | None = visit.reply
         self.ident, self.token, self.level = ident, token, call.log_level
         self.method, self.owner, self.endpoint = call.method, visit.owner, visit.endpoint
-        self.declared = call.capabilities
+        self.declared, self.call = call.capabilities, call
         self.prefill: dict[str, Json] = {}  # `inputResponses` that came without a state
         self.retried = False
         self.refused: dict[str, Json] | None = None  # capabilities whose lack made us refuse asks
@@ -4304,6 +4458,9 @@ class _Parking:
             return
         binding = _binding(run.owner.principal, run.endpoint, run.body)
         content = self.edge.seal.read(state, binding) if isinstance(state, str) else None
+        if content is None:
+            text = f"{call.method}: {_WRONG_STATE}"
+            self.edge.record.alarm("state.refused", text, **call.origin)
         if content is None or content[0] < self.edge.wall():
             run.give(Error(INVALID_PARAMS, _WRONG_STATE))
         elif content[1] != "parked":
@@ -4349,7 +4506,7 @@ class _Parking:
         if parked.stage is not _Stage.PARKED:
             return
         run, text = parked.run, f"a parked call ended: {why}"
-        self.edge.record.emit("call.expired", message=text, principal=run.owner.principal)
+        self.edge.record.emit("call.expired", **run.call.origin, message=text)
         run.parked = None
         for ask in parked.asks.values():
             run.answer(ask, _unanswered(ask))
@@ -5025,7 +5182,8 @@ class LegacyClient:
         named = next((value for name, _, value in pairs if name == "sessionId"), "")
         session = self._find(named, visit)
         if session is None or not session.old:
-            raise HttpError(404, "there is no such session here: open a new stream at /sse")
+            text = "there is no such session here: open a new stream at /sse"
+            raise HttpError(404, text, event=self._misused(named))
         visit.session, visit.version = session, session.version
         message = read_message(visit.value)
         visit.reply.full(202, (), b"")
@@ -5058,6 +5216,10 @@ class LegacyClient:
         self.sessions.move_to_end(ident)
         return session
 
+    def _misused(self, ident: str) -> str:
+        """What the record calls a request with this id, which is none of its sender's sessions."""
+        return "session.refused" if ident in self.sessions else "http.refused"
+
     def _enter(self, visit: _Visit) -> _Session | None:
         """The session that the request names, None if it names none; raises HttpError 404, 400."""
         headers, session = visit.request.headers, None
@@ -5066,7 +5228,7 @@ class LegacyClient:
             session = visit.session = self._find(ident, visit)
             if session is None:
                 text = "this session has ended or is not of this endpoint; initialize anew"
-                raise HttpError(404, text)
+                raise HttpError(404, text, event=self._misused(ident))
         named = headers.get("mcp-protocol-version")
         if named is not None and named not in LEGACY:
             known = ", ".join((*LEGACY, MODERN))
@@ -8485,11 +8647,12 @@ def _path_subject(method: str, params: dict[str, Json]) -> tuple[str, Json]:
 
 
 def path_error(
-    record: Record, server: str, config: ServerConfig, method: str, params: dict[str, Json]
+    record: Record, server: str, config: ServerConfig, call: Call
 ) -> Error | Outcome | None:
     """What is wrong with the paths of a call to `server`: for a tool a result that a model can correct."""
     if config.paths is None:
         return None
+    method, params = call.method, call.params
     dirs = config.paths.dirs
     bounds, (where, subject) = _Bounds(config, dirs), _path_subject(method, params)
     named = _path_values(subject, where, config.paths.arguments)
@@ -8502,9 +8665,7 @@ def path_error(
         wrong = "the arguments name too many paths, or are too large, to be checked"
     if not wrong:
         return None
-    record.emit(
-        "paths.refused", "warning", server=server, method=method, message=f"{method}: {wrong}"
-    )
+    record.alarm("path.refused", f"{method}: {wrong}", **call.origin, server=server, method=method)
     allowed = ", ".join(json.dumps(one, ensure_ascii=False) for one in dirs)
     advice = f"{wrong}. Allowed is what lies in {allowed}"
     if method != "tools/call":
@@ -8575,6 +8736,7 @@ NEEDS: Final = {
 }
 TASK_METHODS: Final = ("tasks/get", "tasks/update", "tasks/result", "tasks/cancel")
 UNHEARD: Final = 3600.0  # seconds that a task without a ttl counts as running
+NAME_SHOWN: Final = 1000  # characters of a name or URI in the audit; a client may send 4 million
 TASKS: Final = 10_000  # tasks that are remembered; past it the oldest is forgotten, and so unknown
 
 
@@ -8589,6 +8751,46 @@ class Nothing:
 
 
 NOTHING: Final = Nothing()
+
+
+@dataclasses.dataclass(slots=True)
+class Account:
+    """What the audit says of a call, as it came in: the ladder rewrites a call's params."""
+
+    began: float
+    method: str
+    name: str  # of its tool or prompt, as /mcp shows it, its URI or its task
+    digest: str  # of its arguments
+    again: bool  # a further round of a call that has its line for the first one
+
+    @classmethod
+    def of(cls, call: Call, now: float) -> Account:
+        params = call.params
+        if call.method in ("tools/call", "prompts/get"):
+            content = params.get("arguments") or {}
+        else:
+            content = {key: value for key, value in params.items() if key != "_meta"}
+        canonical = orjson.dumps(content, option=orjson.OPT_SORT_KEYS)
+        digest = f"sha256:{hashlib.sha256(canonical).hexdigest()}"
+        return cls(now, call.method, _subject(params), digest, bool(call.place))
+
+
+def _subject(params: dict[str, Json]) -> str:
+    """What a call is about: the name, URI or task in its params."""
+    ref = params.get("ref")
+    about = ref if isinstance(ref, dict) else params
+    found = (about.get(key) for key in ("name", "uri", "taskId"))
+    return next((item[:NAME_SHOWN] for item in found if isinstance(item, str)), "")
+
+
+def _ending(outcome: Outcome) -> str:
+    """How a call ended, in a word."""
+    result = outcome.result or {}
+    if outcome.error is not None:
+        return "cancelled" if outcome.error.code == CANCELLED else "error"
+    if result.get("resultType") == "input_required":
+        return "input_required"
+    return "isError" if result.get("isError") is True else "ok"
 
 
 class Passage:
@@ -8630,6 +8832,7 @@ class Forward:
         "as_task",
         "task",
         "over",
+        "account",
     )
 
     def __init__(self, gateway: Gateway, call: Call, sink: Sink) -> None:
@@ -8643,8 +8846,16 @@ class Forward:
         self.as_task = False  # made a task by Atrax, since the tool is none otherwise
         self.task = ""  # the id of that task, while its result is awaited
         self.over = False
+        # What the audit will say, where there is one.
+        self.account = Account.of(call, gateway.clock()) if gateway.record.audited else None
 
     # ---- the way down ----
+
+    def found(self, entry: Entry) -> None:
+        """What the call is about. Whatever becomes of it now, that is the server it was meant for."""
+        self.server = entry.server
+        if self.account is not None:
+            self.account.name = entry.name
 
     def go(self, server: str, safe: bool) -> None:
         """Send the checked call to `server`, when it has a free process."""
@@ -8827,10 +9038,40 @@ class Gateway:
         key: CounterKey = ("calls", ("outcome", kind), ("server", forward.server))
         counters = self.record.counters
         counters[key] = counters.get(key, 0) + 1
+        if forward.account is not None:
+            self._tell(forward, forward.account, outcome)
+
+    def _tell(self, forward: Forward, account: Account, outcome: Outcome) -> None:
+        """The event of a call that is over. Rounds count once: a modern child that asks ends the call,
+        and the client calls again; told are the first of these calls, so that what it did cannot hide
+        behind a client that never comes back, and the one that ends otherwise."""
+        call, error, ending = forward.call, outcome.error, _ending(outcome)
+        if account.again and ending == "input_required":
+            return
+        raw = outcome.raw
+        if raw is None and outcome.result is not None:
+            raw = encode(outcome.result)
+        redact = self.record.redact
+        fields = {
+            "request": call.request,
+            "principal": redact(call.owner.principal),
+            "address": call.address,
+            "era": "modern" if call.version == MODERN else "legacy",
+            "server": forward.server,
+            "method": redact(account.method),
+            "name": redact(account.name),
+            "digest": account.digest,
+            "outcome": ending,
+            "code": None if error is None or ending == "cancelled" else error.code,
+            "ms": round((self.clock() - account.began) * 1000, 1),
+            "bytes": len(raw or b""),
+        }
+        self.record.publish(AUDITED, "debug", fields)
 
     def repeated(self, forward: Forward) -> None:
         self.record.emit(
             "call.repeated",
+            **forward.call.origin,
             server=forward.server,
             message=f"its process died; {forward.call.method} is safe to repeat and goes to the next one",
         )
@@ -8878,15 +9119,15 @@ class Gateway:
         if running >= limits.inflight:
             reason = f"{running} calls are in flight; limits.inflight is {limits.inflight}"
             error = own_error(OVERLOADED, f"too many calls: {reason}", "inflight", retryAfter=1)
-            error.status = 429
-            return error
-        if limits.rate and not call.place and (wait := self._wait(principal, float(limits.rate))):
+        elif limits.rate and not call.place and (wait := self._wait(principal, float(limits.rate))):
             text = f"limits.rate allows {limits.rate} calls a minute; try again in {wait} s"
             error = own_error(NOT_ALLOWED, text, "rate", retryAfter=wait)
-            error.status = 429
-            return error
-        self.inflight[principal] = running + 1
-        return None
+        else:
+            self.inflight[principal] = running + 1
+            return None
+        error.status = 429
+        self.record.alarm("rate.refused", error.message, **call.origin, method=call.method)
+        return error
 
     def _wait(self, principal: str, rate: float) -> int:
         """Seconds until `principal` may call again, 0 for now: a bucket of `rate`, filled in a minute."""
@@ -8904,7 +9145,7 @@ class Gateway:
         config = self.config.servers[server]
         if config.paths is None:
             return None
-        wrong = path_error(self.record, server, config, call.method, call.params)
+        wrong = path_error(self.record, server, config, call)
         return Outcome(error=wrong) if isinstance(wrong, Error) else wrong
 
     # ---- ways ----
@@ -8937,12 +9178,11 @@ class Gateway:
             forward.done(Outcome(error=error))
             return
         server = entry.server
+        forward.found(entry)
         verdict = self.policy.arguments(entry, call.params.get("arguments") or {}, call.mirrored)
         verdict = verdict or self._astray(server, call)
         if verdict is not None:
-            outcome = verdict if isinstance(verdict, Outcome) else Outcome(error=verdict)
-            outcome.server = server
-            forward.done(outcome)
+            forward.done(verdict if isinstance(verdict, Outcome) else Outcome(error=verdict))
             return
         call.params = {**call.params, "name": entry.own}
         if "task" not in call.params and _only_as_task(entry.item):
@@ -8992,6 +9232,7 @@ class Gateway:
                 error = self._not_found(call, kind, name, entry)
                 forward.done(Outcome(error=error))
                 return
+            forward.found(entry)
             offer = self.catalogue.offer(entry.server, call.owner.scope)
             need = NEEDS[call.method]
             if offer is not None and need not in offer.capabilities:
@@ -8999,7 +9240,6 @@ class Gateway:
                 forward.done(Outcome(error=Error(METHOD_NOT_FOUND, text, status=404)))
                 return
             if (astray := self._astray(entry.server, call)) is not None:
-                astray.server = entry.server
                 forward.done(astray)
                 return
             call.params = rewrite(entry.own)
@@ -11823,7 +12063,6 @@ def _gauges(servers: Mapping[str, Mapping[str, Json]], uptime: float) -> str:
 
 TICK: Final = 0.2  # seconds between two `wake` of everything that has deadlines
 FIRST_START: Final = 2.0  # seconds that the start-up screen waits for slow servers
-ALOUD: Final = (10, 60.0)  # lines in s that one kind of refusal may fill
 # Of a server's status, what everybody is shown who may use anything of it.
 OUTSIDE: Final = ("state", "settled", "era", "protocolVersion", "since", "retryAfter")
 
@@ -11871,16 +12110,21 @@ class Atrax:
         tls = config.tls.context() if config.tls else None
         self.http = HttpServer(self, config.limits, self.record, clock, tls, self._is_exempt)
         self.urls: list[str] = []
-        self._aloud: dict[str, Throttle] = {}  # by event
+        self.audit: Audit | None = None
         self._ticking: asyncio.TimerHandle | None = None
 
     # ---- life ----
 
     async def start(self) -> None:
-        """Listen, then start every server side by side; raises UsageError where it can't listen.
+        """Listen, then start every server side by side; raises UsageError where it can't listen, or
+        keep an audit.
 
         Listening comes first: a port in use is found before fifty processes are started for nothing."""
         config = self.config
+        if config.log.audit is not None:
+            self.audit = Audit(config.log.audit, self.record)
+            self.record.watch(self.audit)
+        self.record.audited = self.audit is not None or config.log.level == "debug"
         self.urls = await self.http.listen(config.host, config.port, config.socket)
         become_subreaper()
         _raise_descriptor_limit()
@@ -11904,6 +12148,8 @@ class Atrax:
         await self.supervisor.stop(2.0)
         if self._ticking is not None:
             self._ticking.cancel()
+        if self.audit is not None:
+            self.audit.close()
 
     def _step(self, step: Callable[[], None]) -> None:
         """Do `step`; one section's fault must not keep the next one from its turn."""
@@ -11913,11 +12159,13 @@ class Atrax:
             self.record.emit("internal.error", "error", message=f"{step}: {error!r}")
 
     async def reload(self, load: Callable[[], Config]) -> None:
-        """Take over what may change at SIGHUP: who may come in (`auth`), and the files of `tls`.
+        """Take over what may change at SIGHUP: who may come in (`auth`), the files of `tls` and of the audit.
 
         The whole file is read and checked, in a thread, since a disk may hang. What is new is made
         complete before anything is swapped, so a mistake changes nothing; after that nothing waits
         until those who may have less have less. All other keys need a restart, and the log says so."""
+        if self.audit is not None:  # whatever the config says: the file may have been rotated
+            self.audit.reopen()
         try:
             new = await asyncio.to_thread(load)
             self.record.hide(new.secrets)
@@ -11928,7 +12176,7 @@ class Atrax:
             context = await asyncio.to_thread(config.tls.context) if config.tls else None
         except (AtraxError, ValueError) as error:
             why = "; ".join(str(error).splitlines())
-            self.record.emit("reload.failed", "error", message=f"nothing was changed: {why}")
+            self.record.alarm("reload.failed", f"nothing was changed: {why}")
             return
         changed = ["auth"] if config.auth != self.config.auth else []
         self.config, self.identity = config, identity
@@ -11946,6 +12194,8 @@ class Atrax:
         now = self._loop.time()
         for part in (self.supervisor, self.catalogue, self.subscriptions, self.clients, self.http):
             self._step(functools.partial(part.wake, now))
+        if self.audit is not None:
+            self._step(functools.partial(self.audit.wake, now))
         self._ticking = self._loop.call_later(TICK, self.tick)
 
     # ---- Shelf: what happened at the children goes to who keeps lists and subscriptions ----
@@ -11982,27 +12232,15 @@ class Atrax:
             reply.full(error.status, headers, encode({"error": {"message": str(error)}}))
 
     def _refused(self, request: HttpRequest, error: HttpError) -> None:
-        """Record a refusal: security events aloud, a few of each a minute, so that who makes them
-        cannot fill the log; all are counted."""
-        if error.event == "http.refused":
-            level, more = "debug", 0
+        """Record a refusal; what may be an attack aloud."""
+        message = f"{request.method} {request.path}: {error}"
+        more: dict[str, Json] = {
+            "request": request.id, "status": error.status, "address": request.address, **error.fields
+        }  # fmt: skip
+        if error.event in ALARMS:
+            self.record.alarm(error.event, message, **more)
         else:
-            now, level = self._loop.time(), "warning"
-            throttle = self._aloud.setdefault(error.event, Throttle(*ALOUD))
-            more = throttle.left_out(now)
-            if not throttle.passes(now):
-                self.record.count("events", event=error.event)
-                return
-        self.record.emit(
-            error.event,
-            level,
-            request=request.id,
-            status=error.status,
-            address=request.address,
-            **error.fields,
-            message=f"{request.method} {request.path}: {error}"
-            + (f" (and {more} more like it before)" if more else ""),
-        )
+            self.record.emit(error.event, "debug", **more, message=message)
 
     def _route(self, request: HttpRequest, reply: Reply) -> None:
         path = request.path

@@ -132,14 +132,18 @@ def place(tmp_path: Path) -> Place:
     return place
 
 
+def call(method: str, params: Json) -> atrax.Call:
+    return atrax.Call(method, params, atrax.ANONYMOUS, atrax.MODERN)
+
+
 def verdict(place: Place, arguments: Json, *globs: str, method: str = "tools/call") -> Json:
     """What Atrax answers to a call with these arguments; None if it may pass."""
     record = atrax.Record()
     paths = {"dirs": [str(place.cage)], "arguments": list(globs)}
     config = atrax.ServerConfig(command="x", cwd=str(place.cage), paths=paths)
     params = arguments if method not in ("tools/call", "prompts/get") else {"arguments": arguments}
-    answer = atrax.path_error(record, "s", config, method, params)
-    assert ("events", ("event", "paths.refused")) in record.counters or answer is None
+    answer = atrax.path_error(record, "s", config, call(method, params))
+    assert record.counters["events", ("event", "path.refused")] or answer is None
     return answer
 
 
@@ -319,7 +323,7 @@ def test_with_the_root_directory_everything_is_allowed_that_is_a_path() -> None:
     config = atrax.ServerConfig(command="x", cwd="/", paths={"dirs": ["/"]})
 
     def check(path: str) -> Json:
-        return atrax.path_error(atrax.Record(), "s", config, "resources/read", {"uri": path})
+        return atrax.path_error(atrax.Record(), "s", config, call("resources/read", {"uri": path}))
 
     assert [check(path) for path in ("/etc/passwd", "../x", "file:///proc/self/root")] == [None] * 3
     assert all(check(path) for path in ("~/x", "a\0", "file://host/x"))
@@ -365,7 +369,7 @@ def filesystem(place: Place, **more: Json) -> Json:
 
 async def refusals(running: Running) -> int:
     text = (await running.get("/metrics"))[1].decode()
-    found = re.search(r'atrax_events_total\{event="paths.refused"\} (\d+)', text)
+    found = re.search(r'atrax_events_total\{event="path.refused"\} (\d+)', text)
     return int(found[1]) if found else 0
 
 
