@@ -2019,6 +2019,7 @@ class Reply(Protocol):
     extra: Sequence[
         tuple[str, str]
     ]  # headers that go with whatever is answered (CORS); set by the wiring
+    id: str  # the request's, sent as X-Request-Id; the wiring may set another one
 
     @property
     def waiting(self) -> int: ...  # bytes that were written and that the client has not taken
@@ -2567,11 +2568,11 @@ class Stage(enum.Enum):
 class HttpReply:
     """One response on one connection (the `Reply` that handlers get)."""
 
-    __slots__ = ("_body", "_chunks", "_connection", "_id", "_stage", "closed", "extra", "stalled")
+    __slots__ = ("_body", "_chunks", "_connection", "_stage", "closed", "extra", "id", "stalled")
 
     def __init__(self, connection: Connection, chunks: bool, body: bool, ident: str) -> None:
         self._connection, self._chunks, self._body = connection, chunks, body
-        self._id = ident.encode()  # of the request
+        self.id = ident
         self._stage = Stage.WAITING
         self.closed: Callable[[], None] | None = None
         self.extra: Sequence[tuple[str, str]] = ()
@@ -2591,7 +2592,7 @@ class HttpReply:
         self._stage = Stage.OVER
         # RFC 9110, 8.6: no Content-Length in a 204.
         length = b"" if status == 204 else b"Content-Length: %d\r\n" % len(body)
-        start = b"%bX-Request-Id: %b\r\n%b\r\n" % (start, self._id, length)
+        start = b"%bX-Request-Id: %b\r\n%b\r\n" % (start, self.id.encode(), length)
         self._connection.write(start, body if self._body else b"")
         self._connection.answered()
 
@@ -2602,7 +2603,7 @@ class HttpReply:
         framing = b"Transfer-Encoding: chunked\r\n\r\n" if self._chunks else b"\r\n"
         start = _head(status, (*headers, *self.extra), self._connection.last)
         self._stage = Stage.OPEN
-        self._connection.write(b"%bX-Request-Id: %b\r\n%b" % (start, self._id, framing))
+        self._connection.write(b"%bX-Request-Id: %b\r\n%b" % (start, self.id.encode(), framing))
 
     def write(self, data: bytes) -> None:
         """A part of the body."""
@@ -3209,6 +3210,7 @@ _BEARER: Final = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.IGNORECASE)  #
 WRONG_TOKENS: Final = 10  # from one address in WRONG_WINDOW seconds; the next ones get 429
 WRONG_WINDOW: Final = 60.0
 _WRONG_ADDRESSES: Final = 10_000  # that are remembered, the latest ones
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{8,64}")  # as proxies make them, and no more
 _PEERS: Final = 1024  # addresses of which is remembered whether they are trusted
 _WITH_PORT: Final = re.compile(r"\[([^\]]*)\](?::[0-9]+)?|([0-9.]+):[0-9]+")
 
@@ -3293,7 +3295,7 @@ class Identity:
 
     def unveil(self, request: HttpRequest) -> None:
         """Make `request` what it was before trusted proxies passed it on: the client's address,
-        scheme and Host. Of other peers nothing is believed, and `Forwarded` of nobody.
+        scheme and Host, and the id that it has there. Of other peers nothing is believed, and `Forwarded` of nobody.
 
         Each proxy appends to X-Forwarded-For, so the list is true from the right, as far as who
         wrote an entry is trusted: what is left of the first stranger is the stranger's own word.
@@ -3311,6 +3313,8 @@ class Identity:
         scheme = headers.get("x-forwarded-proto", "").rpartition(",")[2].strip().lower()
         if scheme in _DEFAULT_PORTS:
             request.secure = scheme == "https"
+        if _REQUEST_ID.fullmatch(ident := headers.get("x-request-id", "")):
+            request.id = ident  # one id for the logs of both
         host = headers.get("x-forwarded-host", "").rpartition(",")[2].strip()
         if host and host != headers.get("host"):
             # A copy: the next one with this head may come from somebody else (HttpRequest.facts).
@@ -12172,7 +12176,7 @@ class Atrax:
             if new.auth.type != self.config.auth.type:
                 raise UsageError('"auth.type" needs a restart: it decides where Atrax may listen')
             config = self.config.model_copy(update={"auth": new.auth})
-            identity = Identity(config)
+            identity = Identity(config, self.identity)
             context = await asyncio.to_thread(config.tls.context) if config.tls else None
         except (AtraxError, ValueError) as error:
             why = "; ".join(str(error).splitlines())
@@ -12224,6 +12228,7 @@ class Atrax:
         """Route by path. A refusal is answered here; what it says goes to the record too."""
         if self.identity.proxied:
             self.identity.unveil(request)
+            reply.id = request.id
         try:
             self._route(request, reply)
         except HttpError as error:

@@ -233,6 +233,29 @@ PROMISES: Final = {
         "X-Forwarded-* counts from `trusted_proxies` alone, and no client can forge its address.",
         "DESIGN, Config, trusted_proxies; issue 6",
     ),
+    # What is seen
+    "audit.each_call": Promise(
+        "Each call leaves one line that says who, from where, what, and how it ended, refused ones too.",
+        "DESIGN, Audit",
+    ),
+    "audit.rounds": Promise(
+        "Rounds of one call count once; the first line is there even if its client never comes back.",
+        "DESIGN, Parking",
+    ),
+    "audit.rotated": Promise(
+        "At SIGHUP the audit goes on in the file of that name.", "DESIGN, Audit"
+    ),
+    "audit.stops_nobody": Promise(
+        "A full disk or a vanished directory is reported, and stops nobody.", "DESIGN, Audit"
+    ),
+    "audit.redacted": Promise("No secret stands in the audit.", "DESIGN, Safe by default"),
+    "events.stable": Promise(
+        "Security events have stable names, are counted from 0 on, and cannot fill the log.",
+        "issue 6, item 6; SECURITY",
+    ),
+    "request.id": Promise(
+        "Each request has an id, which its answer and its events carry.", "issue 6, item 6"
+    ),
     # The documents
     "docs.keys": Promise(
         "README's table of keys is the one that the code declares.", "STYLE, Tests; README"

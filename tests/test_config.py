@@ -147,7 +147,6 @@ MISTAKES = {
     "servers of a token": (tokens({**TOKEN, "servers": ["gti"]}), 'auth.tokens[0].servers[0]: there is no server "gti". Did you mean "git"?'),
     "glob of all": (tokens({**TOKEN, "tools": ["*"]}), '"*" is of no server: write "git__*", or leave "tools" out for all'),
     "glob of none": (tokens({**TOKEN, "tools": ["git__a", "gi*"]}), 'auth.tokens[0].tools[1]: "gi*" is of no server'),
-    "audit": ({**server(), "log": {"audit": "a"}}, 'log.audit: this build does not enforce "audit"'),
     "sandbox": (server(sandbox={}), 'mcpServers.git.sandbox: this build does not enforce "sandbox"'),
     "pin": (server(pin=False), 'mcpServers.git.pin: this build does not enforce "pin" yet'),
     "origin": ({**server(), "allowed_origins": ["app.example"]}, "allowed_origins[0]:"),
@@ -365,7 +364,7 @@ def test_the_schema_accepts_what_the_reader_accepts(config: Any) -> None:
 
 SHAPES = ["typo", "top typo", "nested typo", "field of ours", "wrong type", "port as text",
           "port range", "no bool", "null", "no command", "server is text", "no servers", "protocol",
-          "offer", "no process", "zero timeout", "backoff shape", "unknown auth", "token typo", "audit", "sandbox",
+          "offer", "no process", "zero timeout", "backoff shape", "unknown auth", "token typo", "sandbox",
           "short key"]  # fmt: skip
 
 
