@@ -8776,10 +8776,10 @@ class Account:
             content = {key: value for key, value in params.items() if key != "_meta"}
         canonical = orjson.dumps(content, option=orjson.OPT_SORT_KEYS)
         digest = f"sha256:{hashlib.sha256(canonical).hexdigest()}"
-        return cls(now, call.method, _subject(params), digest, bool(call.place))
+        return cls(now, call.method, _target(params), digest, bool(call.place))
 
 
-def _subject(params: dict[str, Json]) -> str:
+def _target(params: dict[str, Json]) -> str:
     """What a call is about: the name, URI or task in its params."""
     ref = params.get("ref")
     about = ref if isinstance(ref, dict) else params

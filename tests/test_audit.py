@@ -453,3 +453,19 @@ async def test_every_answer_has_an_id_of_its_own_which_the_log_has_too(atrax: St
     assert len({ident.rpartition("-")[0] for ident in ids}) == 1
     for ident in ids[1:4]:
         await gateway.line(f'"http.refused","request":"{ident}"')
+
+
+async def test_an_id_that_a_trusted_proxy_made_is_taken_over_if_it_is_harmless(
+    atrax: Start,
+) -> None:
+    gateway = await atrax({"trusted_proxies": ["127.0.0.1"], "mcpServers": {"a": child("does")}})
+    http = wire.Http(gateway.url)
+
+    got = []
+    for ident in ("b4f1c2d3-proxy", "short", 'quoted"id"', "x" * 65):
+        exchange = await http.request("GET", "/status", {"X-Request-Id": ident})
+        await exchange.body()
+        got.append(exchange.headers["x-request-id"] == ident)
+    http.close()
+
+    assert got == [True, False, False, False]
