@@ -218,7 +218,7 @@ async def starting(folder: Path) -> AsyncIterator[Start]:
         if socket:
             await eventually(lambda: Path(socket).exists(), f"no socket {socket}:\n{gateway}")
         # The first line of the screen: a line of the log may name another URL before it.
-        match = None if socket else await gateway.line(r"^Atrax \S+ +(https?://[\w.\[\]:]+:\d+)")
+        match = None if socket else await gateway.line(r"^Atrax \S+ +(https?://[\w.\[\]:-]+)")
         gateway.url = f"unix:{socket}" if match is None else match[1]
         return gateway
 

@@ -256,6 +256,17 @@ PROMISES: Final = {
     "request.id": Promise(
         "Each request has an id, which its answer and its events carry.", "issue 6, item 6"
     ),
+    "deploy.nginx": Promise(
+        "SECURITY's recipe for nginx with TLS works as it stands: events at once, asks, resumption, "
+        "client address.",
+        "issue 6; SECURITY, Deploy it",
+    ),
+    "deploy.systemd": Promise(
+        "systemd understands SECURITY's unit and finds it hardened.", "issue 6; SECURITY, Deploy it"
+    ),
+    "deploy.docker": Promise(
+        "docker or podman knows each option of SECURITY's line.", "issue 6; SECURITY, Deploy it"
+    ),
     # The documents
     "docs.keys": Promise(
         "README's table of keys is the one that the code declares.", "STYLE, Tests; README"
