@@ -50,6 +50,19 @@ PROMISES: Final = {
         "No pip, no network, a wrong hash: the build says which and what to do, without a traceback.",
         "DESIGN, Commands",
     ),
+    # Who may what
+    "scopes.one_view": Promise(
+        "What a list shows is exactly what a call may reach, on /mcp and on each server's endpoint, for "
+        "tools, prompts, resources, templates, completion, subscriptions, tasks and status.",
+        "issue 6; DESIGN, Who may what",
+    ),
+    "scopes.unknown": Promise(
+        "What a principal may not use is unknown to it: no error, wait or text tells that it exists.",
+        "DESIGN, Who may what",
+    ),
+    "scopes.list_changed": Promise(
+        "list_changed reaches those alone whose own list has changed.", "DESIGN, Lists"
+    ),
     # Serving
     "serve.screen": Promise(
         "The start-up screen shows the URL, each server with its state and tools, and how to connect.",

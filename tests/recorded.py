@@ -163,6 +163,9 @@ class Processes:
             if not lease.over:
                 lease.ready(self.there[server])
 
+    def at(self, server: str, owner: Owner, place: str) -> Process | Error:
+        return self.there[server]
+
     def gone(self, owner: Owner) -> None: ...
 
 
