@@ -1323,6 +1323,7 @@ LOG_LINES: Final = 10_000  # waiting for a slow stderr; past it the oldest are d
 ALARMS: Final = {
     "auth.failed": "a token that is unknown, malformed or expired",
     "auth.slowed": "an address that tried too many wrong tokens waits before its next one",
+    "certificate.refused": "a TLS client without a valid certificate of `tls.client_ca`",
     "host.refused": "a Host header that is not ours: a rebound name, or a proxy that is not configured",
     "origin.refused": "a web page that is not in `allowed_origins` sent a request",
     "path.refused": "a call named a path outside of its server's `paths`",
@@ -2993,6 +2994,8 @@ def _client_address(peer: Sequence[Any]) -> str:
     return str(peer[0]).removeprefix("::ffff:")
 
 
+# OpenSSL's words for what is wrong with a client's certificate.
+_UNCERTIFIED: Final = ("PEER_DID_NOT_RETURN_A_CERTIFICATE", "CERTIFICATE_VERIFY_FAILED")
 # RFC 4514, 3; names that OpenSSL writes out.
 _ATTRIBUTES: Final = {
     "commonName": "CN", "localityName": "L", "stateOrProvinceName": "ST", "organizationName": "O",
@@ -3118,12 +3121,13 @@ class HttpServer:
         )  # fmt: skip
 
     def unsecured(self, connection: Connection, error: Exception) -> None:
-        """Record a handshake that failed; on debug, as above."""
+        """Record a handshake that failed; on debug, as above, unless it is about a certificate."""
         reason = getattr(error, "reason", None) or str(error) or type(error).__name__
-        self.record.emit(
-            "tls.refused", "debug", address=connection.address,
-            message=f"{connection.address}: no TLS: {reason}",
-        )  # fmt: skip
+        address, message = connection.address, f"{connection.address}: no TLS: {reason}"
+        if reason in _UNCERTIFIED or isinstance(error, ValueError):
+            self.record.alarm("certificate.refused", message, address=address)
+        else:
+            self.record.emit("tls.refused", "debug", address=address, message=message)
 
     def failed(self, what: str, error: Exception, **of: str) -> None:
         """Record a bug in a handler; the client learns nothing of it but the id of its request."""
@@ -3295,7 +3299,8 @@ class Identity:
 
     def unveil(self, request: HttpRequest) -> None:
         """Make `request` what it was before trusted proxies passed it on: the client's address,
-        scheme and Host, and the id that it has there. Of other peers nothing is believed, and `Forwarded` of nobody.
+        scheme and Host, and the id that it has there. Of other peers nothing is believed, and
+        `Forwarded` of nobody.
 
         Each proxy appends to X-Forwarded-For, so the list is true from the right, as far as who
         wrote an entry is trusted: what is left of the first stranger is the stranger's own word.

@@ -133,7 +133,7 @@ async def site(request: pytest.FixtureRequest) -> AsyncIterator[Site]:
     else:
         nginx = replaced(nginx, ("/run/atrax/atrax.sock", place))
     config |= {"mcpServers": {"does": child("does"), "asks": child("asks"), "echo": child("echo")}}
-    config |= {"log": {"format": "json", "level": "debug"}}
+    config |= {"log": {"format": "json", "level": "debug", "audit": str(folder / "audit")}}
     ca = Authority("site")
     ca.issue(folder, "mcp", names=[NAME, "127.0.0.1"])
     user = "user root;" if os.getuid() == 0 else ""  # else its workers could not open our files
@@ -225,7 +225,8 @@ async def test_who_hangs_up_cancels_its_call_at_the_child(site: Site) -> None:
     before = await cancelled()
     exchange = await client.open("tools/call", order("wait"))
     await anext(exchange.messages())
-    exchange.close()
+    # One that says goodbye in TLS first, and leaves TCP open, is noticed at the next heartbeat.
+    exchange.connection.abort()
 
     async def one_more() -> bool:
         return await cancelled() == before + 1
@@ -323,6 +324,25 @@ async def test_the_address_in_the_log_is_the_clients_whatever_it_says(site: Site
         http.close()
         seen = await site.addresses("auth.failed", 4)
         assert seen == [source] * 4
+
+
+@promise("deploy.nginx", "proxies.trusted")
+async def test_the_audit_has_the_clients_address_and_nginxs_request_id(site: Site) -> None:
+    client = site.modern(**FORGED, X_Request_Id="chosen-by-the-client")
+    exchange = await client.open("tools/call", {"name": "echo__echo", "arguments": {"text": "a"}})
+    [answer] = [message async for message in exchange.messages()]
+    assert answer["result"]["content"][0]["text"] == "a"
+    ident = exchange.headers["x-request-id"]
+    assert re.fullmatch("[0-9a-f]{32}", ident)
+    client.close()
+
+    def line() -> str:
+        lines = (site.folder / "audit").read_text().splitlines()
+        return next((one for one in lines if ident in one), "")
+
+    await eventually(lambda: bool(line()), "the audit has no such request")
+    audited = json.loads(line())
+    assert (audited["address"], audited["principal"]) == (CLIENT, "alice")
 
 
 @promise("deploy.nginx", "proxies.trusted")

@@ -131,6 +131,7 @@ async def said(*command: str, env: dict[str, str] | None = None) -> str:
 
 
 @promise("tls.https")
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
 async def test_what_is_no_tls_ends_and_harms_nobody(
     atrax: Start, tmp_path: Path, ca: Authority
 ) -> None:
@@ -320,7 +321,7 @@ def test_no_certificate_and_a_wrong_one_reach_nobody(
             await refused(it, ca.context(*clients.issue(tmp_path, "nobody", x509.Name([]))))
             await it.until_connections(0)
             assert not it.echo.seen
-            assert [event.name for event in it.events] == ["tls.refused"] * 5
+            assert [event.name for event in it.events] == ["certificate.refused"] * 5
             assert not [event for event in it.events if event.level == "error"]
 
     run(loop, test())
