@@ -60,6 +60,10 @@ PROMISES: Final = {
         "What a principal may not use is unknown to it: no error, wait or text tells that it exists.",
         "DESIGN, Who may what",
     ),
+    "scopes.session": Promise(
+        "A request with fewer rights than its session or parked call began with finds neither.",
+        "DESIGN, Who may what",
+    ),
     "scopes.list_changed": Promise(
         "list_changed reaches those alone whose own list has changed.", "DESIGN, Lists"
     ),

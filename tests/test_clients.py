@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from promises import promise
 
 import atrax
 from atrax import (
@@ -27,6 +28,7 @@ from atrax import (
     Call,
     Clients,
     Error,
+    Grant,
     HttpError,
     HttpRequest,
     Limits,
@@ -34,6 +36,7 @@ from atrax import (
     Outcome,
     Owner,
     Record,
+    Scope,
 )
 
 BOTH = "application/json, text/event-stream"
@@ -146,6 +149,7 @@ class Stand:
         self.timers: list[tuple[float, Callable[[], None]]] = []
         self.gone: list[Any] = []
         self.limits = Limits(sessions=3, parked=2)
+        self.scope = atrax.EVERYTHING  # what comes with each request
         self.clients = Clients(
             self, self.limits, Record(), lambda: self.time, b"k" * 32, self.gone.append,
             self.later,
@@ -193,7 +197,7 @@ class Stand:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         request = HttpRequest(method, "/mcp", "", headers, data, "127.0.0.1")
         try:
-            self.clients.handle(request, told, Owner(who), endpoint)
+            self.clients.handle(request, told, Owner(who, scope=self.scope), endpoint)
         except HttpError as error:
             told.full(error.status, [("Content-Type", "application/json"), *error.headers], b"{}")
         return told
@@ -1541,6 +1545,40 @@ def test_subscriptions_stand_on_one_listen_that_is_replaced_when_they_change(sta
     count = len(stand.calls)
     assert stand.legacy(subscribe("no:", 5, "resources/unsubscribe"), session).json["result"] == {}
     assert len(stand.calls) == count
+
+
+@promise("scopes.session")
+def test_a_session_with_more_rights_than_a_request_does_not_exist_for_it(stand: Stand) -> None:
+    few, more = Scope([Grant(frozenset({"a"}))]), Scope([Grant(frozenset({"a", "b"}))])
+    stand.scope = few
+    session = stand.session()
+    stand.get(session)
+    first = stand.last
+    acknowledge(first)
+    stand.scope = atrax.EVERYTHING
+    stand.legacy(tool(), session)
+    assert stand.last.call.method == "tools/call"
+    assert stand.last.call.owner.scope.everything
+    listen = stand.calls[-2]
+    assert listen.call.owner.scope.everything  # it hears of all that it sees now
+    acknowledge(listen)
+    assert first.cancelled
+    assert listen.call.owner == first.call.owner
+    for stand.scope in (few, more):
+        assert stand.legacy(tool(2), session).status == 404
+        assert stand.get(session).status == 404
+
+
+@promise("scopes.session")
+def test_a_retry_with_fewer_rights_than_its_call_finds_nothing(stand: Stand) -> None:
+    opened, asked = parked(stand, "one")
+    stand.scope = Scope([Grant(frozenset({"a"}))])
+    told = retry(stand, asked["requestState"], {"one": YES})
+    assert told.json["error"]["code"] == atrax.INVALID_PARAMS
+    assert opened.answers == []
+    stand.scope = atrax.EVERYTHING
+    retry(stand, asked["requestState"], {"one": YES})
+    assert [ask.key for ask, _ in opened.answers] == ["one"]
 
 
 def test_a_listen_that_fails_fails_its_subscribes_and_is_opened_again(stand: Stand) -> None:

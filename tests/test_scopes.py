@@ -9,6 +9,8 @@ import re
 from typing import Any
 
 import pytest
+import wire
+from conftest import Start, child
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from promises import promise
@@ -626,3 +628,111 @@ def test_nobody_waits_for_what_is_not_theirs(world: World) -> None:
         world.tells_nothing(outcome, endpoint)
         assert outcome.error is not None
         assert word(outcome.error) == "unavailable"
+
+
+# ---- The gateway itself: two servers, and tokens for parts of them ----
+
+ANN, BOB, EVE = (
+    {"Authorization": f"Bearer atrax_a-token-for-{who}"} for who in ("ann", "bob", "eve")
+)
+TEXT, CHANGE = "test_simple_text", "test_trigger_{}_change"
+GUARDED = {
+    "auth": {
+        "type": "token",
+        "tokens": [
+            {"name": "ann", "token": ANN["Authorization"][7:], "servers": ["old"]},
+            {"name": "bob", "token": BOB["Authorization"][7:], "tools": [f"new__{TEXT}"]},
+            {"name": "eve", "token": EVE["Authorization"][7:]},
+        ],
+    },
+    "mcpServers": {"old": child("legacy"), "new": child("modern")},
+}
+
+
+@promise("scopes.one_view")
+async def test_two_tokens_see_and_reach_two_different_gateways(atrax: Start) -> None:
+    gateway = await (await atrax(GUARDED)).ready()
+    for client in (gateway.modern(headers=ANN), await gateway.legacy(headers=ANN)):
+        tools = [one["name"] for one in await client.list("tools")]
+        assert f"old__{TEXT}" in tools
+        assert all(one.startswith("old__") for one in tools)
+        assert (await client.call(f"old__{TEXT}")).text
+        for name in (f"new__{TEXT}", f"none__{TEXT}"):
+            error = (await client.call(name)).error
+            assert (error["code"], error["message"]) == (-32602, f"Unknown tool: {name}")
+        prompts = [one["name"] for one in await client.list("prompts")]
+        assert all(one.startswith("old__") for one in prompts)
+        assert (await client.request("prompts/get", {"name": prompts[0]})).result
+        uri = (await client.list("resources"))[0]["uri"]
+        assert (await client.request("resources/read", {"uri": uri})).result
+    for client in (gateway.modern(headers=BOB), await gateway.legacy(headers=BOB)):
+        assert [one["name"] for one in await client.list("tools")] == [f"new__{TEXT}"]
+        assert (await client.call(f"new__{TEXT}")).text
+        assert await client.list("prompts") == await client.list("resources") == []
+        name = prompts[0].replace("old__", "new__")
+        assert (await client.request("prompts/get", {"name": name})).code == -32602
+        assert (await client.request("resources/read", {"uri": uri})).code in (-32602, -32002)
+        for other in (f"old__{TEXT}", f"new__{CHANGE.format('tool')}"):
+            assert (await client.call(other)).code == -32602
+
+
+@promise("scopes.unknown")
+async def test_an_endpoint_that_is_not_for_a_token_answers_as_one_that_does_not_exist(
+    atrax: Start,
+) -> None:
+    gateway = await (await atrax(GUARDED)).ready()
+    http = wire.Http(gateway.url)
+    for tail in ("mcp", "sse", "messages"):
+        for method in ("GET", "POST", "DELETE"):
+            answers = []
+            for name in ("new", "nobody"):
+                answer = await http.request(method, f"/servers/{name}/{tail}", ANN, b"{}")
+                body = (await answer.body()).replace(name.encode(), b"NAME")
+                answers.append((answer.status, body))
+            assert answers[0] == answers[1], (method, tail)
+            assert answers[0][0] == 404
+    own = gateway.modern("new", headers=BOB)
+    assert [one["name"] for one in await own.list("tools")] == [TEXT]
+    assert (await own.call(TEXT)).text
+    assert (await own.request("prompts/list")).code == -32601
+    assert "prompts" not in (await own.request("server/discover")).result["capabilities"]
+
+    status = {who["Authorization"][-3:]: json.loads((await http.get("/status", who))[1]) for who in (ANN, BOB, EVE)}  # fmt: skip
+    shown = {who: list(body["servers"]) for who, body in status.items()}
+    assert shown == {"ann": ["old"], "bob": ["new"], "eve": ["old", "new"]}
+    assert status["ann"]["servers"]["old"]["pids"]
+    bob = status["bob"]["servers"]["new"]
+    assert (bob["tools"], bob["prompts"], bob["state"]) == (1, 0, "ready")
+    assert not {"pids", "lastError", "hidden", "inFlight"} & bob.keys()
+    metrics = (await http.get("/metrics", BOB))[1].decode()
+    assert 'server="new"' in metrics
+    assert "old" not in metrics
+    assert "atrax_events_total" not in metrics
+    assert "atrax_events_total" in (await http.get("/metrics", EVE))[1].decode()
+    http.close()
+
+
+@promise("scopes.list_changed")
+@pytest.mark.parametrize("era", ["modern", "legacy"])
+async def test_a_token_hears_of_changes_of_its_own_lists_alone(atrax: Start, era: str) -> None:
+    gateway = await (await atrax(GUARDED)).ready()
+    flags = {"toolsListChanged": True, "promptsListChanged": True}
+
+    async def stream(headers: dict[str, str]) -> Any:
+        if era == "legacy":
+            return (await (await gateway.legacy(headers=headers)).listen()).messages()
+        client = gateway.modern(headers=headers)
+        messages = (await client.open("subscriptions/listen", {"notifications": flags})).messages()
+        await anext(messages)  # the acknowledgement
+        return messages
+
+    eve = gateway.modern(headers=EVE)
+    heard = [await stream(headers) for headers in (ANN, BOB, EVE)]
+
+    # Of the first change nobody hears but Eve, of the second Ann as well; Bob sees none of them.
+    for server, what in (("new", "tool"), ("old", "prompt")):
+        assert (await eve.call(f"{server}__{CHANGE.format(what)}")).result
+        assert (await anext(heard[2]))["method"] == f"notifications/{what}s/list_changed"
+    assert (await anext(heard[0]))["method"] == "notifications/prompts/list_changed"
+    gateway.process.terminate()  # which ends the stream, behind all that was written to it
+    assert [one for one in [one async for one in heard[1]] if "list_changed" in str(one)] == []
