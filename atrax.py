@@ -63,6 +63,7 @@ import signal
 import socket
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -251,27 +252,33 @@ except ImportError as error:
     sys.exit(f"atrax: {error}{_HINT}.")
 
 
-# The stage: a child is first this function, in an interpreter of its own, and then execs what was
+# The stage: a child is first these functions, in an interpreter of its own, and then execs what was
 # asked for. Not `preexec_fn`: that turns vfork off, and a spawn takes 18 ms once Atrax holds
-# 500 MB. It stands here because its code object travels alone: it names nothing of this module.
+# 500 MB. They stand here because their code objects travel alone: each names nothing of this module
+# but those that travel with it, and has no defaults.
 
 
 def become_child() -> None:
     """Bind this process to Atrax by the order in argv[1] (JSON), then exec argv[2:].
 
-    The order is `{"parent": pid, "limits": [[rlimit, number], …]}`. The environment is the child's
-    own already: no secret passes through it. A failure is one line on stderr and exit code 127."""
+    The order is `{"parent": pid, "limits": [[rlimit, number], …]}`, and for a sandbox `"sandbox"`,
+    as `confine` takes it, and `"channel"`, the descriptor of a socket that is told how that went.
+    The environment is the child's own already: no secret passes through it. A failure is one line,
+    to the channel or to stderr, and exit code 127."""
     import ctypes
     import json
     import os
     import signal
     import sys
 
+    libc = ctypes.CDLL(None, use_errno=True)
+
     def control(option: int, value: int) -> None:
-        if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
+        if libc.prctl(option, value, 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), f"prctl({option})")
 
     order, command = json.loads(sys.argv[1]), sys.argv[2:]
+    channel = order.get("channel", -1)
     try:
         control(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: SIGKILL of Atrax ends this process too
         if os.getppid() != order["parent"]:
@@ -281,17 +288,223 @@ def become_child() -> None:
         for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        for limit, most in order["limits"]:
-            import resource  # native code, which a minimal root file system may lack
+        if channel >= 0:
+            import _socket  # noqa: F401  for `tell`: once confined, this may not be readable
+            import struct  # noqa: F401
 
-            resource.setrlimit(limit, (most, most))
+            os.set_inheritable(channel, False)
+            open_ways, listener = confine(order["sandbox"])
+            control(1, signal.SIGKILL)  # what changes credentials may clear it
+            tell(channel, {"open": open_ways}, listener)
+        for limit, most in order["limits"]:
+            bounds = (ctypes.c_ulong * 2)()
+            libc.getrlimit(limit, bounds)
+            bounds[:] = [min(most, bounds[1])] * 2
+            if libc.setrlimit(limit, bounds) != 0:
+                raise OSError(ctypes.get_errno(), f"setrlimit({limit})")
         # Python's own descriptors close on exec; what a shell or an init system gave us does not.
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        os.closerange(3, max(3, channel))
+        os.closerange(max(3, channel + 1), os.sysconf("SC_OPEN_MAX"))
         os.execve(command[0], command, os.environ)
     except (OSError, ValueError) as error:
         reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-        os.write(2, f"atrax: cannot run {command[0]}: {reason}\n".encode(errors="replace"))
+        if channel >= 0:
+            tell(channel, {"failed": reason}, -1)
+        else:
+            os.write(2, f"atrax: cannot run {command[0]}: {reason}\n".encode(errors="replace"))
         os._exit(127)
+
+
+def tell(channel: int, report: dict[str, Json], listener: int) -> None:
+    """Send `report` to Atrax, with the descriptor `listener` unless that is -1."""
+    import _socket  # not `socket`, which takes 5 ms
+    import json
+    import struct
+
+    sender = _socket.socket(fileno=channel)
+    rights = [(1, 1, struct.pack("i", listener))] if listener >= 0 else []  # SOL_SOCKET, SCM_RIGHTS
+    sender.sendmsg([json.dumps(report).encode()], rights)
+    sender.detach()
+
+
+def confine(order: Json) -> tuple[list[str], int]:
+    """Hold this process, and what it execs, to a sandbox; raises OSError with what this system lacks.
+
+    `order`: `read`, `write`, `always` (paths), `network`, `processes`, `best_effort` (bools),
+    `seccomp` (None, or the call's number, the program and one for where mounts cannot be read-only,
+    in hex). The result: what stays open, where `best_effort` allows that, and the descriptor that
+    tells of refused calls (-1: none). Sources: landlock(7), seccomp(2), user_namespaces(7)."""
+    import ctypes
+    import os
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    lacks: list[str] = []
+    root = os.geteuid() == 0
+    # Mounts, System V objects and the network; as root without a user namespace, which would take
+    # nothing from root that is not dropped below.
+    flags = 0x00020000 | 0x08000000 | (0 if order["network"] else 0x40000000)
+    within = enter_namespaces(flags, [0, 0x10000000] if root else [0x10000000])
+    sealed = within is not None and seal_mounts(order["write"])
+    if order["processes"] and root:
+        lacks.append("the limit on processes does not bind root (RLIMIT_NPROC): use another user")
+    elif order["processes"] and not within:
+        lacks.append("no user namespace: the limit on processes would count all of this user's")
+    for capability in range(64) if root else ():
+        # What root's honest work with files needs stays: chown, both DAC ones, fowner, fsetid,
+        # setgid, setuid.
+        held = capability not in (0, 1, 2, 3, 4, 6, 7) and libc.prctl(23, capability, 0, 0, 0) == 1
+        if held and libc.prctl(24, capability, 0, 0, 0) != 0:  # PR_CAPBSET_DROP
+            lacks.append(f"capability {capability} cannot be dropped (no CAP_SETPCAP)")
+    libc.prctl(47, 4, 0, 0, 0)  # PR_CAP_AMBIENT_CLEAR_ALL
+    lacks += restrict_files(order)
+    listener = -1
+    if order["seccomp"] is None:
+        lacks.append(
+            "seccomp is unknown for this processor: Unix sockets, ptrace and the like are open"
+        )
+    else:
+        number, program, metadata = order["seccomp"]
+        error, listener = filter_calls(number, bytes.fromhex(program))
+        # Landlock leaves chmod, chown, utimes and xattrs alone. Where read-only mounts could not
+        # stop them, nobody in there may do them at all.
+        if not error and not sealed:
+            error, _ = filter_calls(number, bytes.fromhex(metadata))
+        if error:
+            why = os.strerror(error)
+            lacks.append(f"no seccomp filter ({why}): Unix sockets, ptrace and the like are open")
+    if lacks and not order["best_effort"]:
+        raise OSError(0, "sandbox: this system lacks what it needs: " + "; ".join(lacks))
+    return lacks, listener
+
+
+def enter_namespaces(flags: int, users: list[int]) -> int | None:
+    """Leave the namespaces of `flags`, with the first of `users` (CLONE_NEWUSER or 0) that the system
+    allows, which is the result; None: with none."""
+    import ctypes
+    import os
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    ids = {"uid_map": os.geteuid(), "gid_map": os.getegid()}
+    for user in users:
+        if libc.unshare(flags | user) != 0:
+            continue
+        if user:
+            # Its own ids and no others: files stay whose they are.
+            lines = {"setgroups": "deny"} | {name: f"{one} {one} 1" for name, one in ids.items()}
+            for name, line in lines.items():
+                with open(f"/proc/self/{name}", "w") as file:
+                    file.write(line)
+        return user
+    return None
+
+
+def seal_mounts(writable: list[str]) -> bool:
+    """Make every mount of this namespace read-only but `writable`; whether the system can."""
+    import ctypes
+    import os
+    import struct
+
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def change(path: str, flags: int, add: int, clear: int) -> bool:
+        # Private, so that nothing of this shows outside; MOUNT_ATTR_RDONLY is 1.
+        attributes = struct.pack("4Q", add, clear, 1 << 18, 0)
+        name = os.fsencode(path)
+        done: int = libc.syscall(
+            ctypes.c_long(442), -100, name, flags, attributes, ctypes.c_long(32)
+        )
+        return done == 0
+
+    everything = 0x8000  # AT_RECURSIVE
+    if not change("/", everything, 1, 0):
+        return False
+    for path in map(os.path.realpath, writable):
+        name = os.fsencode(path)
+        bound = libc.mount(name, name, None, ctypes.c_ulong(4096 | 16384), None) == 0
+        # A mount below that was read-only before stays so.
+        if not bound or not (change(path, everything, 0, 1) or change(path, 0, 0, 1)):
+            raise OSError(ctypes.get_errno(), f"sandbox: {path} cannot be made writable")
+    os.chdir(os.getcwd())  # through the new mounts, if it lies in one
+    return True
+
+
+def restrict_files(order: Json) -> list[str]:
+    """Enforce the `read`, `write` and `always` of `order` by Landlock; what this kernel's lacks."""
+    import ctypes
+    import os
+    import stat
+    import struct
+
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(number: int, *arguments: int | bytes) -> int:
+        words = [ctypes.c_long(one) if isinstance(one, int) else one for one in arguments]
+        done: int = libc.syscall(ctypes.c_long(number), *words)
+        return done
+
+    abi = call(444, 0, 0, 1)  # landlock_create_ruleset(LANDLOCK_CREATE_RULESET_VERSION)
+    if abi < 1:
+        return ["no Landlock (it came with Linux 5.13, and may be disabled): files are open"]
+    needs = [(3, "truncating files is open"), (5, "ioctl of devices is open")]
+    needs.append((6, "signals to other processes and abstract Unix sockets are open"))
+    lacks = [f"Landlock ABI {abi} and not {least}: {what}" for least, what in needs if abi < least]
+    everything = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
+    tcp = 0 if order["network"] else 3  # bind and connect
+    # A kernel refuses a structure that is longer than what it knows.
+    size = 8 if abi < 4 else 16 if abi < 6 else 24
+    ruleset = call(444, struct.pack("3Q", everything, tcp, 3)[:size], size, 0)
+    if ruleset < 0:
+        raise OSError(ctypes.get_errno(), "landlock_create_ruleset")
+    read = 1 | 4 | 8  # execute, read a file, list a directory
+    write = everything & ~(1 << 6 | 1 << 11)  # no devices are made
+    of_files = 1 | 2 | 4 | 1 << 14 | 1 << 15  # the rights that a file can have
+    rules = [(path, read, True) for path in order["read"]]
+    rules += [(path, write, True) for path in order["write"]]
+    rules += [(path, read, False) for path in [*order["always"], "/proc/self"]]
+    rules += [
+        (f"/dev/{name}", 2 | 4, False) for name in ("null", "zero", "full", "random", "urandom")
+    ]
+    for path, rights, needed in rules:
+        try:
+            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError as error:
+            if needed:
+                raise OSError(error.errno, f"sandbox: {path}: {error.strerror}") from None
+            continue
+        if not stat.S_ISDIR(os.fstat(place).st_mode):
+            rights &= of_files
+        if call(445, ruleset, 1, struct.pack("=Qi", rights & everything, place), 0) != 0:
+            raise OSError(ctypes.get_errno(), f"landlock_add_rule: {path}")
+        os.close(place)
+    if call(446, ruleset, 0) != 0:
+        raise OSError(ctypes.get_errno(), "landlock_restrict_self")
+    os.close(ruleset)
+    return lacks
+
+
+def filter_calls(number: int, program: bytes) -> tuple[int, int]:
+    """Install a seccomp program by the system call `number`; errno (0: done), and the descriptor that
+    tells of refused calls (-1: it has none)."""
+    import ctypes
+    import struct
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    told, watched = (
+        struct.pack("HBBI", 6, 0, 0, 0x7FC00000),
+        struct.pack("HBBI", 6, 0, 0, 0x7FC00001),
+    )
+    # SECCOMP_FILTER_FLAG_NEW_LISTENER, first with WAIT_KILLABLE_RECV (Linux 5.19).
+    attempts = [(program, 8 | 32), (program, 8)] if told in program else []
+    # Where somebody above us listens already, there can be no second: refuse, and let pass, silently.
+    silent = program.replace(told, struct.pack("HBBI", 6, 0, 0, 0x00050001))
+    attempts.append((silent.replace(watched, struct.pack("HBBI", 6, 0, 0, 0x7FFF0000)), 0))
+    for code, flags in attempts:
+        buffer = ctypes.create_string_buffer(code, len(code))
+        whole = struct.pack("HP", len(code) // 8, ctypes.addressof(buffer))
+        done = libc.syscall(ctypes.c_long(number), 1, flags, whole)  # SECCOMP_SET_MODE_FILTER
+        if done >= 0:
+            return 0, done if flags else -1
+    return ctypes.get_errno(), -1
 
 
 # ==== Terms =======================================================================
@@ -409,7 +622,7 @@ EMBEDDED: Final = ("files", "notes")  # what `"command": "bundled:NAME"` may nam
 UNENFORCED: Final = frozenset({
     "auth.issuer", "auth.audience", "auth.jwks", "auth.grants",
     "replicas", "name",
-    "mcpServers.*.sandbox", "mcpServers.*.container",
+    "mcpServers.*.container",
     "mcpServers.*.pin", "mcpServers.*.clean",
 })  # fmt: skip
 
@@ -527,6 +740,20 @@ class Paths(_Options):
     arguments: list[str] = _option(
         list, "more arguments that are paths: globs over property paths, as `copy.from`"
     )
+
+
+class Sandbox(_Options):
+    """What the kernel holds the processes of a server to."""
+
+    read: list[_Text] = _option(list, "directories that it may read, from `cwd` where relative")
+    write: list[_Text] = _option(list, "directories that it may read and change")
+    network: bool = _option(False, "whether it may use TCP and UDP")
+    memory: _Count | None = _option(None, "address space of each process", "bytes", shown="none")
+    processes: _Count | None = _option(
+        None, "most processes and threads together; does not bind root", shown="none"
+    )
+    files: _Count | None = _option(None, "most open files of each process", shown="none")
+    best_effort: bool = _option(False, "run it even where the kernel cannot do all of this")
 
 
 class LogConfig(_Options):
@@ -711,6 +938,9 @@ class ServerConfig(_Options):
     restart: Restart = _option(Restart, "when a dead child is started again")
     paths: Paths | None = _option(
         None, "where path arguments, `file:` URIs and roots may lead", shown="anywhere"
+    )
+    sandbox: Sandbox | None = _option(
+        None, "what the kernel lets it do; `{}`: next to nothing", shown="not sandboxed"
     )
     repeat: bool = _option(True, "repeat what a dead child left, where its annotations allow it")
 
@@ -1015,15 +1245,16 @@ class _ConfigReader:
                 entry["disabled"] = True
                 self.remark("read as disabled", *path, key)
         self.tool_lists(entry, path)
-        for key in ("command", "args", "env", "cwd", "envFile", "paths"):
+        for key in ("command", "args", "env", "cwd", "envFile", "paths", "sandbox"):
             if key in entry:
                 entry[key] = self.expanded(entry[key], *path, key)
         cwd = entry.get("cwd", "")
         if isinstance(cwd, str):
             entry["cwd"] = _absolute(self.folder, cwd)
-        paths = entry.get("paths")
-        if isinstance(paths, dict) and isinstance(paths.get("dirs"), list) and isinstance(cwd, str):
-            paths["dirs"] = [_absolute(entry["cwd"], one) for one in paths["dirs"]]
+        for key, part in (("paths", "dirs"), ("sandbox", "read"), ("sandbox", "write")):
+            holder = entry.get(key) if isinstance(cwd, str) else None
+            if isinstance(holder, dict) and isinstance(dirs := holder.get(part), list):
+                holder[part] = [_absolute(entry["cwd"], one) for one in dirs]
         file, env = entry.pop("envFile", None), entry.setdefault("env", {})
         if isinstance(file, str) and isinstance(env, dict):
             env = entry["env"] = self.env_file(file, path) | env
@@ -1255,6 +1486,7 @@ _HOMES: Final[dict[str, type[_Options]]] = {
     "mcpServers.NAME.restart": Restart,
     "mcpServers.NAME.tools": ToolRules,
     "mcpServers.NAME.paths": Paths,
+    "mcpServers.NAME.sandbox": Sandbox,
     "log": LogConfig,
     "auth": Auth,
     "auth.tokens[]": Token,
@@ -1330,6 +1562,10 @@ ALARMS: Final = {
     "rate.refused": "a principal called more often than `limits.rate`, or had `limits.inflight` calls open",
     "session.refused": "a request named a session of another principal, or of another endpoint",
     "state.refused": "a `requestState` that was forged, altered, or belongs to another call or principal",
+    "sandbox.denied": "a sandboxed server asked for a socket, `ptrace`, `kill` or the like that it may not have",
+    "sandbox.limit": "a sandboxed server is at a limit: `memory`, `processes` or `files`",
+    "sandbox.killed": "the kernel ended a sandboxed server for what it tried, or it crashed with `memory` limited",
+    "sandbox.open": "a sandbox with `best_effort` that this system cannot keep whole",
     "audit.failed": "the audit file cannot be written; how many lines are lost so far",
     "reload.failed": "SIGHUP found a config that is wrong; nothing was changed",
 }
@@ -10535,6 +10771,9 @@ class Launch:
     command: tuple[str, ...]
     environment: Mapping[str, str]
     cwd: str | None
+    # As `confine` takes it; None: not sandboxed.
+    sandbox: Mapping[str, Json] | None = None
+    limits: tuple[tuple[int, int], ...] = ()  # (resource, most)
 
 
 def launch(config: ServerConfig) -> Launch:
@@ -10552,8 +10791,20 @@ def launch(config: ServerConfig) -> Launch:
     if cwd is not None and not os.path.isdir(cwd):
         raise Unstartable(f'cwd "{cwd}" is not a directory')
     program, *arguments = config.argv
-    program = find_command(program, environment.get("PATH", os.defpath), cwd)
-    return Launch((program, *arguments), environment, cwd)
+    search = environment.get("PATH", os.defpath)
+    program = find_command(program, search, cwd)
+    sandbox, limits = config.sandbox, [(RLIMIT_CORE, 0)]
+    if sandbox is None or not LINUX:
+        if sandbox and not sandbox.best_effort:
+            raise Unstartable(f"sandbox: {NO_SANDBOX}")
+        return Launch((program, *arguments), environment, cwd, None, tuple(limits))
+    bounds = {RLIMIT_AS: sandbox.memory, RLIMIT_NPROC: sandbox.processes}
+    bounds[RLIMIT_NOFILE] = sandbox.files
+    limits += [(limit, most) for limit, most in bounds.items() if most is not None]
+    own = ARCHIVE or os.path.abspath(__file__)
+    bundled = [own, *sys.path] if config.command.startswith("bundled:") else []
+    order = _sandbox_order(sandbox, [*installation(program, search), *bundled])
+    return Launch((program, *arguments), environment, cwd, order, tuple(limits))
 
 
 def find_command(command: str, path: str, cwd: str | None) -> str:
@@ -10579,23 +10830,453 @@ def find_command(command: str, path: str, cwd: str | None) -> str:
     return os.path.abspath(found)
 
 
-def staged(command: Sequence[str]) -> list[str]:
-    """The command line that becomes `command` by way of Boot's stage; outside Linux `command`."""
+def staged(way: Launch, channel: int = -1) -> list[str]:
+    """The command line that becomes `way.command` by way of Boot's stage; outside Linux the command.
+
+    `channel`: the descriptor of the socket that a sandboxed child's stage reports to."""
     if not LINUX:
-        return list(command)
+        return list(way.command)
+    order: dict[str, Json] = {"parent": os.getpid(), "limits": way.limits}
+    if way.sandbox is not None:
+        order |= {"sandbox": way.sandbox, "channel": channel}
+    text, source = orjson.dumps(order).decode(), _stage_source(way.sandbox is not None)
     # -I -S: nothing that a user may have installed runs before the order is carried out.
-    order = orjson.dumps({"parent": os.getpid(), "limits": []}).decode()
-    return [sys.executable, "-I", "-S", "-c", _stage_source(), order, *command]
+    return [sys.executable, "-I", "-S", "-c", source, text, *way.command]
 
 
 @functools.cache
-def _stage_source() -> str:
-    """The stage as an argument: its code object, so that the child has little to compile."""
-    code = marshal.dumps(become_child.__code__).hex()
+def _stage_source(sandboxed: bool) -> str:
+    """The stage as an argument: its code objects, so that the child has little to compile."""
+    parts: list[Callable[..., Json]] = [become_child]
+    if sandboxed:
+        parts += [tell, confine, enter_namespaces, seal_mounts, restrict_files, filter_calls]
+    code = marshal.dumps({part.__name__: part.__code__ for part in parts}).hex()
     return (
-        "import marshal,types,builtins;"
-        f"types.FunctionType(marshal.loads(bytes.fromhex('{code}')),{{'__builtins__':builtins}})()"
+        "import marshal,types,builtins;g={'__builtins__':builtins};"
+        f"g.update((n,types.FunctionType(c,g))for n,c in marshal.loads(bytes.fromhex('{code}')).items());"
+        "g['become_child']()"
     )
+
+
+# ---- What the kernel holds a sandboxed child to ----
+#
+# Landlock keeps files, seccomp calls, namespaces the network and System V objects, rlimits the rest.
+# What one leaves open another closes: Landlock knows nothing of chmod and chown, so all mounts but
+# `write` are read-only in there; a namespace does not hide the path of a Unix socket (docker.sock,
+# Atrax's own), so there are none; a socket pair of datagrams can be sent anywhere by name, so there
+# is none either; prlimit and the scheduler's calls reach every process of the same user.
+#
+# A refused call is answered by Atrax's own loop (SECCOMP_RET_USER_NOTIF), which makes it an event;
+# kill is watched alone, since what it may reach is Landlock's to say. What no honest program does
+# ends the process (SIGSYS).
+
+RLIMIT_CORE, RLIMIT_NPROC, RLIMIT_NOFILE, RLIMIT_AS = 4, 6, 7, 9  # Linux, but for Alpha and MIPS
+NO_SANDBOX: Final = f"{sys.platform} has none of what it needs (Landlock, seccomp: Linux 6.12)"
+# What programs need to run at all: programs, libraries, and what libraries look up.
+ALWAYS: Final = (
+    *("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store"),
+    *(f"/etc/{name}" for name in (
+        "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ld.so.preload", "localtime", "timezone",
+        "nsswitch.conf", "passwd", "group", "hosts", "host.conf", "resolv.conf", "gai.conf",
+        "services", "protocols", "mime.types", "os-release", "ssl/certs", "ssl/openssl.cnf",
+        "ca-certificates", "pki/tls", "pki/ca-trust",
+        *(f"python3.{minor}" for minor in range(9, 20)),
+    )),
+    *(f"/proc/{name}" for name in (
+        "cpuinfo", "filesystems", "loadavg", "meminfo", "stat", "uptime", "version", "sys/kernel",
+        "sys/vm",
+    )),
+    *("/sys/fs/cgroup", "/sys/devices/system"),
+)  # fmt: skip
+ALWAYS_SHOWN: Final = (
+    "/usr, /bin, /sbin, /lib*, /nix/store, the parts of /etc that libraries look up, its own "
+    "directory in /proc and a few files of the system there and in /sys, /dev/null, zero, full, "
+    "random and urandom, and the bin and lib directories that its program and interpreter lie in"
+)
+
+_ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000  # what seccomp does with a call
+_TELL, _WATCH = 0x7FC00000, 0x7FC00001  # ask Atrax, which refuses; or which lets pass
+_LOAD, _AND, _EQUAL, _ANY_BIT, _AT_LEAST, _RETURN = (
+    0x20,
+    0x54,
+    0x15,
+    0x45,
+    0x35,
+    0x06,
+)  # classic BPF
+_NEW_SPACES: Final = 0x7E020000  # every CLONE_NEW* that clone knows
+_INET, _INET6, _NETLINK = 2, 10, 16
+
+# Per processor: the machine, its number to seccomp (linux/audit.h), the call `seccomp`.
+_PROCESSORS: Final = {"x86_64": (0, 0xC000003E, 317), "aarch64": (1, 0xC00000B7, 277)}
+# By call: its number on x86_64 and on aarch64; -1: there is none.
+_Numbers: TypeAlias = dict[str, tuple[int, int]]
+_REFUSED: Final[_Numbers] = {  # what only an attack, a debugger or another sandbox asks for
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
+    "kcmp": (312, 272), "pidfd_getfd": (438, 438), "process_madvise": (440, 440),
+    "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51),
+    "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
+    "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433),
+    "mount_setattr": (442, 442), "open_tree_attr": (467, 467),
+    "unshare": (272, 97), "setns": (308, 268), "bpf": (321, 280), "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282), "keyctl": (250, 219), "add_key": (248, 217),
+    "request_key": (249, 218), "open_by_handle_at": (304, 265), "fanotify_init": (300, 262),
+    "syslog": (103, 116), "quotactl": (179, 60), "quotactl_fd": (443, 443), "acct": (163, 89),
+    "lookup_dcookie": (212, 18), "nfsservctl": (180, 42), "vhangup": (153, 58),
+    "settimeofday": (164, 170), "clock_settime": (227, 112), "adjtimex": (159, 171),
+    "clock_adjtime": (305, 266), "sethostname": (170, 161), "setdomainname": (171, 162),
+}  # fmt: skip
+_DEADLY: Final[_Numbers] = {  # to try them is to attack the system
+    "kexec_load": (246, 104), "kexec_file_load": (320, 294), "init_module": (175, 105),
+    "finit_module": (313, 273), "delete_module": (176, 106), "reboot": (169, 142),
+    "swapon": (167, 224), "swapoff": (168, 225), "iopl": (172, -1), "ioperm": (173, -1),
+}  # fmt: skip
+# As if the kernel had none: libraries try them and go on without. The arguments of clone3 lie in
+# memory, which a filter cannot read; io_uring opens files and sockets past every filter.
+_ABSENT: Final[_Numbers] = {
+    "clone3": (435, 435), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+}  # fmt: skip
+# Refused where this argument names another than who calls: they reach all processes of the user.
+_OWN_ONLY: Final[dict[str, tuple[int, int, int]]] = {
+    "setpriority": (141, 140, 1), "sched_setaffinity": (203, 122, 0),
+    "sched_setscheduler": (144, 119, 0), "sched_setparam": (142, 118, 0),
+    "sched_setattr": (314, 274, 0), "ioprio_set": (251, 30, 1), "move_pages": (279, 239, 0),
+    "migrate_pages": (256, 238, 0),
+}  # fmt: skip
+_SPECIAL: Final[_Numbers] = {
+    "socket": (41, 198), "socketpair": (53, 199), "clone": (56, 220), "prlimit64": (302, 261),
+    "kill": (62, 129),
+}  # fmt: skip
+_METADATA: Final[_Numbers] = {
+    "chmod": (90, -1), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+    "chown": (92, -1), "fchown": (93, 55), "lchown": (94, -1), "fchownat": (260, 54),
+    "utime": (132, -1), "utimes": (235, -1), "futimesat": (261, -1), "utimensat": (280, 88),
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14),
+    "lremovexattr": (198, 15), "fremovexattr": (199, 16), "setxattrat": (463, 463),
+    "removexattrat": (466, 466), "file_setattr": (469, 469),
+}  # fmt: skip
+_Instruction: TypeAlias = tuple[int, int, int, int]  # code, jump if true, jump if false, operand
+
+
+def _sandbox_order(sandbox: Sandbox, program: Iterable[str]) -> dict[str, Json]:
+    """What `confine` is to do; raises Unstartable where a directory is not there."""
+    for key, paths in (("read", sandbox.read), ("write", sandbox.write)):
+        for path in paths:
+            if not os.path.exists(path):
+                raise Unstartable(f'sandbox.{key}: "{path}" does not exist')
+    processor = _PROCESSORS.get(os.uname().machine) if sys.maxsize > 2**32 else None
+    programs = None
+    if processor is not None:
+        column, machine, number = processor
+        main, metadata = _main_filter(column, sandbox.network), _list(_METADATA, column, _ERRNO | 1)
+        programs = (number, *(_assembled(machine, body).hex() for body in (main, metadata)))
+    return {
+        "read": [os.path.abspath(path) for path in sandbox.read],
+        "write": [os.path.abspath(path) for path in sandbox.write],
+        "always": [*ALWAYS, *program],
+        "network": sandbox.network,
+        "processes": sandbox.processes is not None,
+        "best_effort": sandbox.best_effort,
+        "seccomp": programs,
+    }
+
+
+def installation(program: str, search: str) -> list[str]:
+    """What the file `program` needs of the directories that it and its interpreter are installed in.
+
+    `search` is PATH, for `#!/usr/bin/env`."""
+    found: list[str] = []
+    hop = program
+    for _ in range(16):  # each link on the way: a virtual environment is found by its own path
+        found.append(hop)
+        folder = os.path.dirname(hop)
+        if os.path.basename(folder) in ("bin", "sbin", "Scripts"):
+            prefix = os.path.dirname(folder)
+            found += [os.path.join(prefix, part) for part in ("bin", "lib", "lib64", "libexec")]
+            found.append(os.path.join(prefix, "pyvenv.cfg"))
+        above, packages, _ = hop.rpartition("/node_modules/")
+        found += [above + packages] if packages else []
+        if not os.path.islink(hop):
+            break
+        hop = os.path.normpath(os.path.join(folder, os.readlink(hop)))
+    found.append(os.path.realpath(program))
+    interpreter = _interpreter(program, search)
+    return found + (installation(interpreter, search) if interpreter else [])
+
+
+def _interpreter(program: str, search: str) -> str | None:
+    """The program that the first line of the script `program` names."""
+    with contextlib.suppress(OSError), open(program, "rb") as file:
+        line = file.readline(256)
+        if line.startswith(b"#!"):
+            words = [word for word in os.fsdecode(line[2:]).split() if not word.startswith("-")]
+            if words and os.path.basename(words[0]) == "env" and len(words) > 1:
+                import shutil
+
+                return shutil.which(words[1], path=search)
+            return words[0] if words and words[0] != program else None
+    return None
+
+
+def _list(calls: _Numbers, column: int, action: int) -> list[_Instruction]:
+    """`action` for each of `calls`."""
+    numbers = [numbers[column] for numbers in calls.values() if numbers[column] >= 0]
+    return [line for one in numbers for line in _case(one, [(_RETURN, 0, 0, action)])]
+
+
+def _case(number: int, body: list[_Instruction]) -> list[_Instruction]:
+    """`body`, which must return, if the call is `number`."""
+    return [(_EQUAL, 0, len(body), number), *body]
+
+
+def _argument(index: int, high: bool = False) -> _Instruction:
+    """Load the lower (or the `high`er) half of an argument: struct seccomp_data, little-endian."""
+    return (_LOAD, 0, 0, 16 + 8 * index + 4 * high)
+
+
+def _main_filter(column: int, network: bool) -> list[_Instruction]:
+    refuse, allow = (_RETURN, 0, 0, _TELL), (_RETURN, 0, 0, _ALLOW)
+    families: list[_Instruction] = []
+    if network:
+        families = [(_EQUAL, 0, 1, _INET), allow, (_EQUAL, 0, 1, _INET6), allow]
+        # NETLINK_ROUTE alone, which getaddrinfo asks for addresses.
+        families += [(_EQUAL, 0, 3, _NETLINK), _argument(2), (_EQUAL, 0, 1, 0), allow]
+    special = {
+        "socket": [_argument(0), *families, refuse],
+        # A stream's ends are connected for good; a datagram can be sent to any name.
+        "socketpair": [_argument(1), (_AND, 0, 0, 15), (_EQUAL, 1, 0, 2), allow, refuse],
+        "clone": [_argument(0), (_ANY_BIT, 0, 1, _NEW_SPACES), refuse, allow],
+        "prlimit64": [
+            *(_argument(0), (_EQUAL, 4, 0, 0)),
+            *(_argument(2), (_ANY_BIT, 3, 0, 0xFFFFFFFF), _argument(2, high=True)),
+            *((_ANY_BIT, 1, 0, 0xFFFFFFFF), allow, refuse),
+        ],
+        "kill": [(_RETURN, 0, 0, _WATCH)],
+    }
+    lines = [line for name, body in special.items() for line in _case(_SPECIAL[name][column], body)]
+    for row in _OWN_ONLY.values():
+        body = [_argument(row[2]), (_EQUAL, 0, 1, 0), allow, (_RETURN, 0, 0, _ERRNO | 1)]
+        lines += _case(row[column], body)
+    lines += _list(_REFUSED, column, _TELL) + _list(_DEADLY, column, _KILL)
+    return lines + _list(_ABSENT, column, _ERRNO | errno.ENOSYS)
+
+
+def _assembled(machine: int, body: list[_Instruction]) -> bytes:
+    """A whole program: calls of another architecture end the process, what `body` does not return
+    for is allowed."""
+    program = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, machine), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
+    # x86_64 has a second set of numbers (x32), by this bit.
+    program += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)]
+    program += [*body, (_RETURN, 0, 0, _ALLOW)]
+    return b"".join(struct.pack("HBBI", *line) for line in program)
+
+
+class Guard:
+    """What Atrax hears of one sandboxed child: how its stage went, then each call that was refused.
+
+    `report` is called at most twice: with `{"open": […]}`, what the sandbox leaves open, and with
+    `{"failed": why}`. `denied(act, pid)` is called once for each kind of act of the child."""
+
+    RATE: Final = 50  # calls a second that are answered; a child that asks for more waits
+
+    def __init__(
+        self,
+        place: str,
+        loop: asyncio.AbstractEventLoop,
+        report: Callable[[dict[str, Json]], None],
+        denied: Callable[[str, int], None],
+    ) -> None:
+        self._place, self._loop, self._report, self._denied = place, loop, report, denied
+        self.pid = 0
+        self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._theirs: socket.socket | None = theirs
+        self.channel = theirs.fileno()
+        self._listener = -1
+        self._throttle = Throttle(self.RATE, 1.0)
+        self._acts: set[str] = set()
+        self._ours.setblocking(False)
+        theirs.set_inheritable(True)
+        loop.add_reader(self._ours, self.read)
+
+    def started(self, pid: int) -> None:
+        """The child has its end of the channel, or (`pid` 0) will never have it."""
+        self.pid = pid
+        if self._theirs is not None:
+            self._theirs.close()
+            self._theirs = None
+
+    def read(self) -> None:
+        """Take what the stage has said so far."""
+        while self._ours.fileno() >= 0:
+            try:
+                data, listeners, _, _ = socket.recv_fds(self._ours, 65536, 1)
+            except BlockingIOError:
+                return
+            except OSError:
+                data, listeners = b"", []
+            for listener in listeners:
+                os.set_inheritable(listener, False)
+                self._listener = listener
+                self._loop.add_reader(listener, self._notified)
+            if not data:
+                self._loop.remove_reader(self._ours)
+                self._ours.close()
+                return
+            self._report(json.loads(data))
+
+    def close(self) -> None:
+        """The child has ended."""
+        self.read()
+        self.started(0)
+        if self._ours.fileno() >= 0:
+            self._loop.remove_reader(self._ours)
+            self._ours.close()
+        if self._listener >= 0:
+            self._loop.remove_reader(self._listener)
+            os.close(self._listener)
+            self._listener = -1
+
+    def _notified(self) -> None:
+        """Answer one call that waits for it (seccomp_unotify(2))."""
+        import fcntl
+        import select
+
+        poll = select.poll()
+        poll.register(self._listener, select.POLLIN)
+        state = poll.poll(0)
+        # Without a call that waits the request below would wait for one, and with it the loop.
+        if not state or not state[0][1] & select.POLLIN:
+            if state:
+                self._loop.remove_reader(self._listener)  # all that it watched have ended
+            return
+        notice = bytearray(80)  # struct seccomp_notif
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            fcntl.ioctl(self._listener, 0xC0502100, notice)
+            ident, pid, _, number, _, _, *arguments = struct.unpack("QIIiIQ6Q", notice)
+            passes = self._judged(number, pid, arguments)
+            # struct seccomp_notif_resp: go on as if nothing was, or EPERM
+            answer = (0, 1) if passes else (-errno.EPERM, 0)
+            response = bytearray(struct.pack("QqiI", ident, 0, *answer))
+            fcntl.ioctl(self._listener, 0xC0182101, response)
+        if not self._throttle.passes(self._loop.time()):
+            self._throttle.left_out(math.inf)
+            self._loop.remove_reader(self._listener)
+            self._loop.call_later(1.0, self._resume)
+
+    def _resume(self) -> None:
+        if self._listener >= 0:
+            self._loop.add_reader(self._listener, self._notified)
+
+    def _judged(self, number: int, pid: int, arguments: list[int]) -> bool:
+        """Whether the call may go on; one that may not is an act to report."""
+        column = _PROCESSORS[os.uname().machine][0]
+        calls = {numbers[column]: name for name, numbers in (_REFUSED | _SPECIAL).items()}
+        name = calls.get(number, f"call {number}")
+        act = name
+        if name == "kill":
+            target = (arguments[0] & 0xFFFFFFFF ^ 0x80000000) - 0x80000000  # an int
+            if target == 0 or _belongs(abs(target), self.pid, self._place):
+                return True
+            act = "kill of a process that is not its own"
+        elif name == "socket":
+            kind = {1: "TCP", 2: "UDP"}.get(arguments[1] & 15, "raw")
+            family = arguments[0] & 0xFFFFFFFF
+            act = {
+                1: "Unix socket",
+                _INET: f"{kind} socket",
+                _INET6: f"{kind} socket (IPv6)",
+            }.get(family, f"socket of family {family}")
+        elif name == "socketpair":
+            act = "pair of datagram sockets"
+        elif name == "prlimit64":
+            act = "limits of another process"
+        elif name == "clone":
+            act = "namespaces of its own"
+        if act not in self._acts:
+            self._acts.add(act)
+            self._denied(act, pid)
+        return name == "kill"
+
+
+def _belongs(pid: int, child: int, place: str) -> bool:
+    """Whether `pid` is `child` or descends from it."""
+    if _place_of(pid) == place:
+        return True
+    for _ in range(64):
+        if pid == child:
+            return True
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                pid = int(file.read().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            return False
+    return False
+
+
+def at_limits(pid: int, sandbox: Sandbox) -> list[str]:
+    """Which limits of its sandbox the process `pid` is at. A look, as it is at this moment: the
+    kernel tells of a refused fork, file or page nobody but the process."""
+    found: list[str] = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        if sandbox.memory is not None:
+            with open(f"/proc/{pid}/status") as file:
+                peak = next(line for line in file if line.startswith("VmPeak")).split()[1]
+            if int(peak) * 1024 > 0.95 * sandbox.memory:
+                found.append("memory")
+    with contextlib.suppress(OSError):
+        if sandbox.files is not None and len(os.listdir(f"/proc/{pid}/fd")) >= sandbox.files:
+            found.append("files")
+    if sandbox.processes is not None and _tasks(pid, sandbox.processes) >= sandbox.processes:
+        found.append("processes")
+    return found
+
+
+def _tasks(pid: int, most: int) -> int:
+    """Threads of `pid` and of its descendants, counted up to `most`."""
+    found, number = [pid], 0
+    for one in found:  # grows as it is walked
+        with contextlib.suppress(OSError):
+            for thread in os.listdir(f"/proc/{one}/task"):
+                number += 1
+                with open(f"/proc/{one}/task/{thread}/children") as file:
+                    found += map(int, file.read().split())
+        if number >= most:
+            break
+    return number
+
+
+def allowed(config: ServerConfig) -> list[str]:
+    """What a process of this server may do, in short sentences; names, never values."""
+    own = sorted(config.env)
+    try:
+        environment = launch(config).environment
+    except Unstartable:
+        environment = config.env
+    names = sorted(set(environment) - set(own)) + own
+    sentences = [f"environment: {', '.join(names) or 'none'}", f"cwd: {config.cwd or os.getcwd()}"]
+    sandbox = config.sandbox
+    if sandbox is None:
+        return [*sentences, f"not sandboxed: can do what user {user_name()} can"]
+    sentences += [
+        f"reads: {', '.join(['what programs need to run', *sandbox.read, *sandbox.write])}",
+        f"writes: {', '.join(sandbox.write) or 'nothing'}",
+        f"network: {'TCP and UDP' if sandbox.network else 'none'}; no Unix sockets",
+    ]
+    limits = {"bytes of memory": sandbox.memory, "processes and threads": sandbox.processes}
+    limits["open files"] = sandbox.files
+    shown = [f"{most} {what}" for what, most in limits.items() if most is not None]
+    return [*sentences, f"limits: {', '.join(shown) or 'none'}"]
+
+
+def user_name() -> str:
+    """Who runs this process, as people write it."""
+    try:
+        import pwd
+
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except (ImportError, KeyError):
+        return str(_user())
 
 
 def signal_group(pid: int, number: int) -> None:
@@ -10762,17 +11443,26 @@ class Child:
         self.server, self.place, self.pid = server, place, 0
         self.receive: Callable[[bytes, float], None] = lambda line, now: None
         self.ended: Callable[[str], None] = lambda why: None
+        self.confined: Callable[[list[str]], None] = lambda ways: (
+            None
+        )  # what its sandbox leaves open
+        self.denied: Callable[[str, int], None] = lambda act, pid: (
+            None
+        )  # what the kernel refused it
         # Not free for another call: not open yet, its stdin full, or about to end.
         self.busy = True
         self.heard = 0.0  # when something last came from it
         self.spoke_last = False  # whether Atrax wrote after that
         self.fault = ""  # why Atrax ended it, where it did
+        self.unstartable = False  # whether its stage could not do what was ordered
+        self.signal = 0  # what killed it
         self.stderr = Stderr(server, record, loop.time)
         self._lines = Lines(line_limit)
         self._stdin = _PipeEnd(self, lambda data: None)
         self._stdout, self._stderr = _PipeEnd(self, self._read), _PipeEnd(self, self.stderr.feed)
         self._record, self._loop, self._pipe_size = record, loop, pipe_size
         self._process: subprocess.Popen[bytes] | None = None
+        self._guard: Guard | None = None
         self._unsent: list[bytes] = []
         self._pidfd = -1
         self._ending = ""  # how it ended, once it has
@@ -10832,17 +11522,36 @@ class Child:
             # Refused past fs.pipe-user-pages-soft: then results are slower, no more.
             with contextlib.suppress(OSError):
                 fcntl.fcntl(stdout, fcntl.F_SETPIPE_SZ, self._pipe_size)
-        return subprocess.Popen(
-            staged(way.command),
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            cwd=way.cwd,
-            env={**way.environment, MARK: self.place},
-            start_new_session=True,
-            # The stage closes what is open; done here, it would walk through 20,000 sockets.
-            close_fds=not LINUX,
-        )
+        channel = -1
+        if way.sandbox is not None:
+            self._guard = Guard(self.place, self._loop, self._reported, self.denied)
+            channel = self._guard.channel
+        try:
+            process = subprocess.Popen(
+                staged(way, channel),
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                cwd=way.cwd,
+                env={**way.environment, MARK: self.place},
+                start_new_session=True,
+                # The stage closes what is open; done here, it would walk through 20,000 sockets.
+                close_fds=not LINUX,
+            )
+        except BaseException:
+            if self._guard is not None:
+                self._guard.close()
+            raise
+        if self._guard is not None:
+            self._guard.started(process.pid)
+        return process
+
+    def _reported(self, report: dict[str, Json]) -> None:
+        """What the stage says of the sandbox that it was to set up."""
+        if "failed" in report:
+            self.fault, self.unstartable = report["failed"], True
+        elif report["open"]:
+            self.confined(report["open"])
 
     def _watch(self) -> None:
         """Have `_exited` called when the process has ended, and before it is reaped."""
@@ -10962,7 +11671,10 @@ class Child:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
         signal_group(self.pid, KILL)  # what it left behind in its group
-        self._ending = _how(self._process.wait())
+        if self._guard is not None:
+            self._guard.close()
+        status = self._process.wait()
+        self._ending, self.signal = _how(status), max(0, -status)
         self._stdout.resume()
         self._stderr.resume()
         self._after(DRAIN, self._end)
@@ -11236,6 +11948,8 @@ class Member:
         self.talk: Peer = self.probe  # replaced once its era is known
         self.child.receive = self.talk.receive
         self.child.ended = functools.partial(nest.bury, self)
+        self.child.confined, self.child.denied = nest.family.open_ways, self._denied
+        self.at_limits: set[str] = set()  # of its sandbox, when last looked at
         self.offer: Offer | None = None  # None until it is ready
         self.began = self.clock()  # when it was started, then when it became ready
         self.used = self.began  # when it was last chosen; what it is up to is in `unused_since`
@@ -11271,6 +11985,35 @@ class Member:
         """Whether it ended because it does not know the probe, which is no failure."""
         by_itself = self.cause is Cause.DIED and not self.child.fault
         return by_itself and self.offer is None and self.probe.exited_on_probe
+
+    # ---- what the kernel holds it to ----
+
+    def _denied(self, act: str, pid: int) -> None:
+        text = f"was refused by its sandbox: {act}"
+        self._record.alarm("sandbox.denied", text, server=self.server, pid=pid, act=act)
+
+    def look_at_limits(self) -> None:
+        """Report which limits of its sandbox it has reached."""
+        sandbox = self.config.sandbox
+        if sandbox is None or not self.child.alive:
+            return
+        before, self.at_limits = self.at_limits, set(at_limits(self.child.pid, sandbox))
+        for limit in sorted(self.at_limits - before):
+            text = f"is at the limit of its sandbox: {limit} {getattr(sandbox, limit)}"
+            fields = {"server": self.server, "pid": self.child.pid, "limit": limit}
+            self._record.alarm("sandbox.limit", text, **fields)
+
+    def killed(self) -> str:
+        """Why the kernel killed it, where that was for what it tried; else ""."""
+        sandbox, child = self.config.sandbox, self.child
+        if sandbox is None or not child.signal or child.fault or not self.wanted:
+            return ""
+        if child.signal == signal.SIGSYS:
+            return "was killed by the kernel for a system call that its sandbox forbids"
+        crashes = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGTRAP)
+        if sandbox.memory and child.signal in (*crashes, signal.SIGKILL):
+            return f"{_how(-child.signal)}; its sandbox limits memory to {sandbox.memory} bytes"
+        return ""
 
     # ---- what its peer reports (Host) ----
 
@@ -11391,12 +12134,17 @@ class Nest:
         """`member` has ended. The nest moves first, then its calls end: a call that is repeated at
         once must not find the dead one still there."""
         child, early = member.child, member.offer is None
+        if child.unstartable:
+            member.cause = Cause.UNSTARTABLE
         if early and child.pid and not child.fault:
             why += " before it answered"
         said = f'; its last line: "{child.last_line}"' if child.last_line else ""
         failed = member.wanted and child.pid and not member.probed
         level = "warning" if failed else "debug"
         self._say("child.exited", level, pid=child.pid, message=why + said)
+        if killed := member.killed():
+            record = self.supervisor.record
+            record.alarm("sandbox.killed", killed, server=member.server, pid=child.pid)
         self.supervisor.sweep(member)
         held = member in self.members
         self._remove(member)
@@ -11713,6 +12461,8 @@ class Family:
         self.limit = config.concurrency or NO_LIMIT  # most calls in flight per process
         self.restarts = 0
         self.offer: Offer | None = None  # what its last ready child said
+        # What a sandbox with `best_effort` leaves open here.
+        self.open: list[str] = []
         self.settled = config.disabled  # has been ready once, or has failed its first start
         self.listed = False  # has been ready once, so that its lists are known
         self.called = False  # a client has used it
@@ -11733,6 +12483,13 @@ class Family:
             self.close("disabled in the config")
         else:
             self.nest.want(Cause.WANTED)
+
+    def open_ways(self, ways: list[str]) -> None:
+        """What this system cannot do of its sandbox, which `best_effort` allows."""
+        if ways != self.open:
+            self.open = ways
+            text = f"its sandbox is not whole (best_effort): {'; '.join(ways)}"
+            self.supervisor.record.alarm("sandbox.open", text, server=self.name)
 
     def close(self, reason: str, patience: float = PATIENCE) -> None:
         """Disable the server, whatever it does."""
@@ -11798,6 +12555,7 @@ class Family:
             "processes": self.nest.most,
             "concurrency": None if self.limit == NO_LIMIT else self.limit,
             "asks": self.asks,
+            "open": self.open,
             "restarts": self.restarts,
             "lastError": self.nest.reason or None,
             "inFlight": sum(member.talk.open_calls for member in members),
@@ -11860,6 +12618,8 @@ class Supervisor:
                 del family.nests[key]
         if now - self._swept >= SWEEP:
             self.sweep()
+            for member in self._members.values():
+                member.look_at_limits()
 
     # ---- Pool ----
 
@@ -11936,8 +12696,11 @@ class Supervisor:
     async def _open(self, member: Member) -> None:
         async with self._slots:
             try:
+                config = member.config
+                if config.sandbox and not LINUX:
+                    member.nest.family.open_ways([NO_SANDBOX])
                 if member.wanted:
-                    await member.child.open(launch(member.nest.family.config))
+                    await member.child.open(launch(config))
             except (Unstartable, OSError, ValueError) as error:
                 member.cause = Cause.UNSTARTABLE
                 member.nest.bury(member, str(error))
@@ -12458,7 +13221,12 @@ async def check(
     took = loop.time() - began
     offers = atrax.catalogue.offers()
     status = {
-        name: {**item, "offers": offers.get(name, {}), "took": round(item["since"] - clock, 3)}
+        name: {
+            **item,
+            "offers": offers.get(name, {}),
+            "took": round(item["since"] - clock, 3),
+            "allowed": allowed(config.servers[name]),
+        }
         for name, item in atrax.status().items()
     }
     await atrax.stop(0.0)
@@ -13004,9 +13772,13 @@ def check_report(
         for kind, names in server.get("offers", {}).items():
             if names:
                 lines.append(f"  {name} {kind}: {_printable(', '.join(names))}")
+        for sentence in server.get("allowed", ()):
+            lines.append(f"  {name} may: {_printable(sentence)}")
         for item in server.get("hidden", ()):
             hidden = f"{name}: {item['name']} is hidden: {item['reason']}"
             lines.append("  " + _printable(hidden))
+    if any("what programs need" in line for line in lines):
+        lines.append(f"  what programs need to run: {ALWAYS_SHOWN}")
     troubled = sum(server.get("state") in _FAILED for server in status.values())
     outcome = paint(f"{troubled} failed", "bad") if troubled else paint("all fine", "good")
     total = f"{len(status)} server{'s' * (len(status) != 1)} in {took:.1f} s, {outcome}"
@@ -13027,6 +13799,8 @@ def _server_lines(status: Mapping[str, Mapping[str, Json]], paint: _Paint) -> li
         colour = "bad" if state in _FAILED else "good" if state == "ready" else "dim"
         shown = paint(f"{state:<{wider}}", colour)
         lines.append(f"  {name:<{wide}}  {shown}  {_about(server)}".rstrip())
+        ways = (paint(_printable(way), "bad") for way in server.get("open", ()))
+        lines += [f"  {name:<{wide}}  {way}" for way in ways]
     return lines
 
 

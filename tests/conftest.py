@@ -173,7 +173,7 @@ def heard() -> Iterator[list[spoken.Peer]]:
 
 @pytest.fixture
 async def atrax(tmp_path: Path) -> AsyncIterator[Start]:
-    """Starts gateways: `await atrax(config, *options, program=…, env=None, judged=True, tls=None)` → Running, listening.
+    """Starts gateways: `await atrax(config, *options, program=…, env=None, judged=True, tls=None, …)` → Running, listening.
 
     `config` is a dict, or the path of a file. A port is chosen by the system unless the config has one.
     `program` is what to run in place of atrax.py, as the fixture `archive`. What is said to the test servers is
@@ -198,18 +198,23 @@ async def starting(folder: Path) -> AsyncIterator[Start]:
         env: dict[str, str] | None = None,
         judged: bool = True,
         tls: ssl.SSLContext | None = None,
+        python: str = sys.executable,
+        user: int | None = None,  # who runs it, where not we
     ) -> Running:
         file = config if isinstance(config, Path) else folder / f"config{len(gateways)}.json"
         if not isinstance(config, Path):
             config = tapped(config, taps.folder) if judged else config
             file.write_text(json.dumps({"port": 0, **config}))
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, str(program), "serve", str(file), *options),
+            *(python, str(program), "serve", str(file), *options),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env={**os.environ, **(env or {})},
             limit=wire.LIMIT,
+            user=user,
+            group=user,
+            extra_groups=None if user is None else [],
         )
         gateway = Running(process, file)
         gateway.tls = tls

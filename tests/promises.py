@@ -284,6 +284,39 @@ PROMISES: Final = {
     "deploy.docker": Promise(
         "docker or podman knows each option of SECURITY's line.", "issue 6; SECURITY, Deploy it"
     ),
+    # The sandbox
+    "sandbox.files": Promise(
+        "A sandboxed child reads and changes nothing outside of `read` and `write`, modes and times included.",
+        "issue 6, item 4; DESIGN, Config, sandbox",
+    ),
+    "sandbox.honest": Promise(
+        "Honest work inside its directories goes on, of bundled, Python and Node servers.",
+        "issue 6, item 4",
+    ),
+    "sandbox.network": Promise(
+        "Without `network` a sandboxed child reaches no socket by TCP, UDP or a Unix socket; with it no Unix socket.",
+        "issue 6, item 4",
+    ),
+    "sandbox.others": Promise(
+        "A sandboxed child can neither look into, nor end, nor slow down Atrax or a sibling; ptrace, kill and the like are events.",
+        "issue 6, item 4",
+    ),
+    "sandbox.limits": Promise(
+        "Memory, processes and files of a sandboxed child are limited; being at a limit is an event.",
+        "issue 6, item 4",
+    ),
+    "sandbox.killed": Promise(
+        "A child that the kernel killed for what it tried is the event `sandbox.killed`.",
+        "issue 6, item 6",
+    ),
+    "sandbox.ends": Promise(
+        "Descendants of a sandboxed child end with it and with Atrax.", "DESIGN, Safe by default"
+    ),
+    "sandbox.refused": Promise(
+        "Where the kernel cannot do what a sandbox asks, that server fails with what is missing and the others run.",
+        "DESIGN, Config, sandbox",
+    ),
+    "sandbox.told": Promise("`check` says what each child may do.", "issue 6, item 4"),
     # The documents
     "docs.keys": Promise(
         "README's table of keys is the one that the code declares.", "STYLE, Tests; README"

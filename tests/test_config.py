@@ -147,7 +147,10 @@ MISTAKES = {
     "servers of a token": (tokens({**TOKEN, "servers": ["gti"]}), 'auth.tokens[0].servers[0]: there is no server "gti". Did you mean "git"?'),
     "glob of all": (tokens({**TOKEN, "tools": ["*"]}), '"*" is of no server: write "git__*", or leave "tools" out for all'),
     "glob of none": (tokens({**TOKEN, "tools": ["git__a", "gi*"]}), 'auth.tokens[0].tools[1]: "gi*" is of no server'),
-    "sandbox": (server(sandbox={}), 'mcpServers.git.sandbox: this build does not enforce "sandbox"'),
+    "sandbox": (
+        server(sandbox={"raed": []}),
+        'mcpServers.git.sandbox.raed: unknown key. Did you mean "read"?',
+    ),
     "pin": (server(pin=False), 'mcpServers.git.pin: this build does not enforce "pin" yet'),
     "origin": ({**server(), "allowed_origins": ["app.example"]}, "allowed_origins[0]:"),
     "short key": ({**server(), "key": "short"}, "key: String should have at least 16 characters"),

@@ -47,7 +47,11 @@ def server(**options: Any) -> atrax.ServerConfig:
 def staged(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
     """`command` by way of the stage, as Child starts it."""
     return subprocess.run(
-        atrax.staged(command), capture_output=True, text=True, timeout=30, **options
+        atrax.staged(atrax.Launch(tuple(command), {}, None)),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        **options,
     )
 
 
@@ -114,14 +118,14 @@ async def test_a_child_runs_in_its_cwd(tmp_path: pathlib.Path) -> None:
 
 
 def test_no_secret_passes_through_a_command_line() -> None:
-    order = atrax.staged(["/bin/true"])
+    order = atrax.staged(atrax.launch(server(command="/bin/true", env={"TOKEN": "s3cret"})))
     assert json.loads(order[5]).keys() == {"parent", "limits"}
     assert order[6:] == ["/bin/true"]
 
 
 def test_a_limit_of_the_order_binds() -> None:
-    command = atrax.staged(["/bin/sh", "-c", "ulimit -n"])
-    command[5] = json.dumps({"parent": os.getpid(), "limits": [[7, 64]]})  # RLIMIT_NOFILE
+    limits = ((atrax.RLIMIT_NOFILE, 64),)
+    command = atrax.staged(atrax.Launch(("/bin/sh", "-c", "ulimit -n"), {}, None, None, limits))
     assert subprocess.run(command, capture_output=True, text=True, timeout=30).stdout == "64\n"
 
 
@@ -138,7 +142,7 @@ def test_a_command_that_is_no_program_is_one_clear_line(tmp_path: pathlib.Path) 
 
 
 def test_a_child_of_a_gateway_that_is_gone_does_not_start() -> None:
-    command = atrax.staged(["/bin/echo", "started"])
+    command = atrax.staged(atrax.Launch(("/bin/echo", "started"), {}, None))
     command[5] = json.dumps({"parent": 1, "limits": []})
     assert subprocess.run(command, capture_output=True, text=True, timeout=30).stdout == ""
 
