@@ -868,8 +868,6 @@ class Tls(_Options):
             except ssl.SSLError as error:
                 raise ValueError(f"{self.client_ca}: {error.reason or 'not valid PEM'}") from None
             context.verify_mode = ssl.CERT_REQUIRED
-            # A resumed session is not verified again: it would outlive its certificate and its CA.
-            context.num_tickets, context.options = 0, context.options | ssl.OP_NO_TICKET
         return context
 
     def _encrypted(self) -> str:
@@ -2932,18 +2930,17 @@ class Connection(asyncio.Protocol):
     def _secured(self) -> None:
         """TLS is agreed upon: the client's request begins now. Handshake has counted us."""
         assert self._transport is not None
-        tls = self._transport.get_extra_info("ssl_object")
+        tls, certificate = self._transport.get_extra_info("ssl_object"), ""
         try:
-            shown = tls.getpeercert() if tls.context.verify_mode else None
-            certificate = _subject(shown) if shown is not None else ""
+            if tls.context.verify_mode:
+                shown = tls.getpeercert() or {}
+                certificate = _subject(shown)
+                self._until = self._server.now + _left(shown)
         except ValueError as error:
             self._server.unsecured(self, error)
             self._enter(Phase.LINGER)  # what comes now is no request
             self.abort()
             return
-        if shown:
-            left = ssl.cert_time_to_seconds(str(shown["notAfter"])) - time.time()
-            self._until = self._server.now + left
         self._parser = HttpParser(self._server.limits, self.address, certificate)
         self._deadline = self._server.now + self._server.limits.header_timeout
 
@@ -3250,6 +3247,15 @@ def _subject(certificate: Mapping[str, Any]) -> str:
     return ",".join(reversed(names))
 
 
+def _left(certificate: Mapping[str, Any]) -> float:
+    """Seconds until it expires. Raises ValueError when it has: a resumed TLS session is not
+    verified again, and would outlive its certificate."""
+    left = ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time()
+    if left <= 0:
+        raise ValueError("the client's certificate has expired")
+    return left
+
+
 def _attribute(pair: tuple[str, str]) -> str:
     """`CN=alice`, with what would read as another attribute escaped (RFC 4514, 2.4)."""
     value = re.sub(r'[,+"\\<>;]|^[ #]| $', r"\\\g<0>", pair[1])
@@ -3451,7 +3457,8 @@ WRONG_TOKENS: Final = 10  # from one address in WRONG_WINDOW seconds; the next o
 WRONG_WINDOW: Final = 60.0
 _WRONG_ADDRESSES: Final = 10_000  # that are remembered, the latest ones
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{8,64}")  # as proxies make them, and no more
-_PEERS: Final = 1024  # addresses of which is remembered whether they are trusted
+_PEERS: Final = 1024  # addresses that are remembered: to read one takes 5 us
+_LONGEST_ENTRY: Final = 64  # characters of an address, with port and white space
 _WITH_PORT: Final = re.compile(r"\[([^\]]*)\](?::[0-9]+)?|([0-9.]+):[0-9]+")
 
 
@@ -3547,7 +3554,7 @@ class Identity:
         rest = headers.get("x-forwarded-for", "")
         while rest and self.trusts(request.address):
             rest, _, entry = rest.rpartition(",")
-            address = _address(entry.strip())
+            address = _address(entry.strip()) if len(entry) <= _LONGEST_ENTRY else ""
             if not address:
                 break  # who wrote this is trusted, and the last whom we know
             request.address = address
@@ -3712,6 +3719,7 @@ def _bearer(request: HttpRequest) -> bytes | None:
     return digest
 
 
+@functools.lru_cache(_PEERS)
 def _address(text: str) -> str:
     """An entry of X-Forwarded-For without its port, in one spelling; "" if it is none."""
     if match := _WITH_PORT.fullmatch(text):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator
@@ -20,7 +21,7 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 from installed import NODE
 from promises import promise
-from test_http import HOST, LIMIT, LOOPS, NewLoop, Served, get, run
+from test_http import HOST, LIMIT, LOOPS, NewLoop, Served, fill, get, run, statuses
 
 import atrax
 
@@ -268,6 +269,60 @@ def test_a_stop_ends_handshakes_too(loop: NewLoop, tmp_path: Path, ca: Authority
 
 
 @LOOPS
+def test_a_reader_that_takes_nothing_is_stalled_then_cut(
+    loop: NewLoop, tmp_path: Path, ca: Authority
+) -> None:
+    async def test() -> None:
+        async with secured(tmp_path, ca) as it:
+            reader, writer = await asyncio.open_connection(
+                "127.0.0.1", it.port, ssl=ca.context(), limit=1000
+            )
+            writer.write(get(HOST, target=b"/wait"))
+            await it.echo.until(lambda: len(it.echo.kept) == 1)
+            it.echo.kept[0].head(200, atrax.SSE_HEADERS)
+            await fill(it.echo.kept[0])
+            assert it.echo.kept[0].stalled
+            it.pass_time(32)
+            await it.echo.until(lambda: it.echo.left == [0])
+            assert "http.stalled" in [event.name for event in it.events]
+            with contextlib.suppress(ConnectionError, ssl.SSLError):
+                while await asyncio.wait_for(reader.read(1 << 16), LIMIT):
+                    pass
+            writer.close()
+            await it.until_connections(0)
+
+    run(loop, test())
+
+
+@LOOPS
+def test_large_answers_pipelines_and_refusals_arrive_whole(
+    loop: NewLoop, tmp_path: Path, ca: Authority
+) -> None:
+    async def test() -> None:
+        async with secured(tmp_path, ca) as it:
+            reader, writer = await asyncio.open_connection("127.0.0.1", it.port, ssl=ca.context())
+            writer.write(get(HOST, target=b"/wait"))
+            await it.echo.until(lambda: len(it.echo.kept) == 1)
+            body = bytes(range(256)) * 40_000
+            it.echo.kept[0].full(200, (), body)
+            await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), LIMIT)
+            assert await asyncio.wait_for(reader.readexactly(len(body)), LIMIT) == body
+            # Forty in a row, and then what is no request: each is answered, and the end is one.
+            writer.write(get(HOST) * 40 + b"GET / HTTP/1.1\r\nHost : a\r\n\r\n" + b"x" * 9000)
+            answers = b""
+            while answers.count(b"HTTP/1.1") < 41:
+                answers += await asyncio.wait_for(reader.read(1 << 16), LIMIT)
+            it.pass_time(3)  # for who reads on; TLS has no half-closed connection
+            with contextlib.suppress(ConnectionError, ssl.SSLError):
+                answers += await asyncio.wait_for(reader.read(), LIMIT)
+            assert statuses(answers) == (*[200] * 40, 400)
+            writer.close()
+            await it.until_connections(0)
+
+    run(loop, test())
+
+
+@LOOPS
 @pytest.mark.parametrize("most", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 def test_the_subject_of_the_certificate_is_in_each_request(
     loop: NewLoop, most: ssl.TLSVersion, tmp_path: Path, ca: Authority
@@ -325,6 +380,44 @@ def test_no_certificate_and_a_wrong_one_reach_nobody(
             assert not [event for event in it.events if event.level == "error"]
 
     run(loop, test())
+
+
+def resumed(port: int, context: ssl.SSLContext, session: Any = None) -> tuple[bool, Any]:
+    """One request; whether its TLS session was `session` gone on with, and the session."""
+    with (
+        socket.create_connection(("127.0.0.1", port)) as raw,
+        context.wrap_socket(raw, server_hostname="localhost", session=session) as tls,
+    ):
+        tls.settimeout(LIMIT)
+        tls.sendall(get(HOST))
+        assert tls.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        return bool(tls.session_reused), tls.session
+
+
+@LOOPS
+@pytest.mark.parametrize("most", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_resumed_session_is_the_same_principal_and_none_outlives_a_renewal(
+    loop: NewLoop, most: ssl.TLSVersion, tmp_path: Path, ca: Authority
+) -> None:
+    async def test() -> None:
+        async with secured(tmp_path, ca, ca) as it:
+            context = ca.context(*ca.issue(tmp_path, "client"))
+            context.maximum_version = most
+            _, session = await asyncio.to_thread(resumed, it.port, context)
+            again, session = await asyncio.to_thread(resumed, it.port, context, session)
+            assert again
+            assert [request.certificate for request in it.echo.seen] == ["CN=client"] * 2
+            it.server.renew(it.tls.context())
+            again, _ = await asyncio.to_thread(resumed, it.port, context, session)
+            assert not again
+
+    run(loop, test())
+
+
+def test_a_certificate_that_has_expired_since_is_refused() -> None:
+    assert atrax._left({"notAfter": "Nov 24 00:00:00 2126 GMT"}) > 0
+    with pytest.raises(ValueError, match="has expired"):
+        atrax._left({"notAfter": "Nov 24 00:00:00 2024 GMT"})
 
 
 # ---- a certificate is a principal ----
