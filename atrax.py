@@ -6629,8 +6629,8 @@ class Catalogue:
         seen = self._seen(endpoint, scope)
         if endpoint and not seen:
             return Outcome(error=_disabled(endpoint))
-        part = kind is not Kind.TOOLS
-        stocks = [source.stocks[kind] for source in seen if not part or scope.whole(source.name)]
+        may = scope.sees if kind is Kind.TOOLS else scope.whole
+        stocks = [source.stocks[kind] for source in seen if may(source.name)]
         if not late and any(stock.coming for stock in stocks):
             return None
         if endpoint and stocks and not stocks[0].read:

@@ -90,8 +90,8 @@ def test_a_glob_matches_no_name_of_absurd_length_and_none_is_kept() -> None:
 
 NAMES = ("alpha", "bravo", "carol")
 PREFIXES = ("", "a", "a_", "a__b", "b")
-OWN = ("t", "u", "b__t", "_t", "a__t")  # of tools and prompts
-SHOWN = ("r", "u", "b_t")  # what tools are renamed to
+OWN = ("t", "b__t", "_t", "a__t")  # of tools and prompts: with a prefix many are the same
+SHOWN = ("r", "b_t")  # what tools are renamed to
 URIS = ("x://1", "x://2", "y://1", "ui://1", "ui://2", "link://alpha", "link://carol", "z://1")
 TEMPLATES = ("x://{id}", "y://{id}", "z://{+rest}")
 GLOBS = ("*", "*t", "a*", "[ab]*", "a_*", "a__*", "a___*", "a__b*", "a__b_t", "a__b__*", "b__*",
@@ -133,7 +133,7 @@ class Server:
 
 
 def some(of: tuple[str, ...]) -> st.SearchStrategy[list[str]]:
-    return st.lists(st.sampled_from(of), unique=True, max_size=3)
+    return st.lists(st.sampled_from(of), unique=True, max_size=4)
 
 
 @st.composite
@@ -475,7 +475,7 @@ METHODS = ("tools/call", "prompts/get", "resources/read", "completion/complete",
            *atrax.TASK_METHODS)  # fmt: skip
 ENDPOINTS = ("", *NAMES, "nobody")
 ARGUMENT = {"name": "a", "value": ""}
-EXAMPLES = settings(max_examples=150)
+EXAMPLES = settings(max_examples=max(120, settings.default.max_examples))
 
 
 @promise("scopes.one_view")
@@ -628,6 +628,21 @@ def test_nobody_waits_for_what_is_not_theirs(world: World) -> None:
         world.tells_nothing(outcome, endpoint)
         assert outcome.error is not None
         assert word(outcome.error) == "unavailable"
+
+
+@promise("scopes.one_view")
+def test_of_equal_names_the_first_server_keeps_it_even_for_who_may_not_use_it() -> None:
+    bare = Server("alpha", "", "ready", False, False, ["a__t"], {}, {}, ["a__t"], [URIS[0]], [])
+    prefixed = Server("bravo", "a", "ready", False, False, ["t"], {}, {}, ["t"], [URIS[0]], [])
+    for granted in (Rights(servers=["bravo"]), Rights(tools=["a__*"])):
+        world = World([bare, prefixed], "__", [granted])
+        assert world.shows(Kind.TOOLS, "") == []
+        assert world.reach("tools/call", "", name="a__t") == "unknown"
+        assert world.shows(Kind.TOOLS, "bravo") == ["t"]
+    world = World([bare, prefixed], "__", [Rights(servers=["bravo"])])
+    assert world.shows(Kind.PROMPTS, "") == []
+    assert world.shows(Kind.RESOURCES, "") == [URIS[0]]  # a URI is the first one's of one's own
+    assert world.reach("resources/read", "", uri=URIS[0]) == ("bravo", URIS[0])
 
 
 # ---- The gateway itself: two servers, and tokens for parts of them ----
