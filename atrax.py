@@ -620,7 +620,6 @@ EMBEDDED: Final = ("files", "notes")  # what `"command": "bundled:NAME"` may nam
 # Keys of the design that nothing in this build enforces. A protection that is accepted and then
 # ignored is worse than none, so each is refused by name until its feature lands and its row leaves.
 UNENFORCED: Final = frozenset({
-    "auth.issuer", "auth.audience", "auth.jwks", "auth.grants",
     "replicas", "name",
     "mcpServers.*.container",
     "mcpServers.*.pin", "mcpServers.*.clean",
@@ -646,6 +645,7 @@ _SECRET_FILE: Final = 64 * 1024  # bytes; more is no secret but a mistake, or /d
 _REFERENCE: Final = re.compile(r"\$\$\{|\$\{([^}]*)(\}|\Z)")
 _VARIABLE: Final = re.compile(r"(?:env:)?([A-Za-z_][A-Za-z0-9_]*)(?::-(.*))?", re.DOTALL)
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_REMOTE: Final = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]*://", re.IGNORECASE)
 
 _Seconds: TypeAlias = Annotated[float, Field(gt=0, strict=True)]
 _Count: TypeAlias = Annotated[int, Field(ge=1)]
@@ -824,17 +824,37 @@ class Token(Rights):
         return hashlib.sha256((self.token or "").encode()).digest()
 
 
-_AUTH_KEYS: Final = {"unsafe": "none", "tokens": "token"}  # key: the `auth.type` it belongs to
+# Key: the `auth.type` that it belongs to.
+_AUTH_KEYS: Final = {
+    "unsafe": "none", "tokens": "token",
+    "issuer": "oauth", "audience": "oauth", "jwks": "oauth", "grants": "oauth",
+}  # fmt: skip
+_ScopeName: TypeAlias = Annotated[str, Field(pattern=r"^[!#-\[\]-~]+$")]  # RFC 6749, 3.3
 
 
 class Auth(_Options):
     """How clients prove who they are."""
 
-    type: Literal["none", "token"] = _option(
-        "none", "`none`: everybody who reaches the port may call; `token`: who has one of `tokens`"
+    type: Literal["none", "token", "oauth"] = _option(
+        "none",
+        "`none`: everybody who reaches the port may call; `token`: who has one of `tokens`; "
+        "`oauth`: who has a JWT of `issuer`",
     )
     unsafe: bool = _option(False, "allows `none` on a host that other machines can reach")
     tokens: list[Token] = _option(list, "with `token`: the bearer tokens")
+    issuer: _Url | None = _option(
+        None, "with `oauth`: the authorization server, as `iss` in its tokens", shown="none"
+    )
+    audience: Annotated[
+        list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+        WithJsonSchema({"type": ["string", "array"], "items": {"type": "string"}}),
+    ] = _option(list, "with `oauth`: one of these must be in `aud` of a token; text or list")  # fmt: skip
+    jwks: str | None = _option(
+        None, "with `oauth`: the issuer's keys (JWK set), a URL or a file", shown="none"
+    )
+    grants: Annotated[dict[_ScopeName, Rights], Field(min_length=1)] | None = _option(
+        None, "with `oauth`: OAuth scope → what it allows", shown="every token may use all"
+    )
 
 
 class Tls(_Options):
@@ -1197,6 +1217,10 @@ class _ConfigReader:
             tokens = auth.get("tokens")
             for entry in tokens if isinstance(tokens, list) else ():
                 self.secret(entry.get("token") if isinstance(entry, dict) else None)
+            if isinstance(jwks := auth.get("jwks"), str) and not _REMOTE.match(jwks):
+                # Read with the config, so that a reload takes over both or neither.
+                path = re.sub(r"^file:(//(localhost)?(?=/))?", "", jwks)
+                auth["jwks"] = self.text(path, "auth", "jwks") or " "
         if isinstance(raw.get("socket"), str):
             raw["socket"] = os.path.join(self.folder, raw["socket"])
         if isinstance(tls := raw.get("tls"), dict):
@@ -1380,6 +1404,8 @@ class _ConfigReader:
         key, general = str(path[-1]), ["[]" if isinstance(part, int) else part for part in path]
         if general[0] == "mcpServers" and len(general) > 1:
             general[1] = "*"
+        if general[:2] == ["auth", "grants"] and len(general) > 3:
+            general[2] = "SCOPE"
         if ".".join(general) in UNENFORCED:
             self.wrong(f'this build does not enforce "{key}" yet, so it refuses it', *path)
             return
@@ -1428,6 +1454,8 @@ class _ConfigReader:
         if auth.type == "token" and not auth.tokens:
             message = "nobody could come in; python atrax.pyz token NAME makes a token"
             self.wrong(message, "auth", "tokens")
+        if auth.type == "oauth":
+            self.judge_oauth(config)
         names, digests = dict[str, int](), dict[bytes, str]()
         for at, token in enumerate(auth.tokens):
             path = ("auth", "tokens", at)
@@ -1441,6 +1469,24 @@ class _ConfigReader:
                 self.wrong(f'the same token as that of "{other}"', *path)
             if token.expires is not None and token.expires <= time.time():
                 self.remark("has passed, so this token is refused", *path, "expires")
+
+    def judge_oauth(self, config: Config) -> None:
+        auth = config.auth
+        for key in ("issuer", "audience", "jwks"):
+            if not getattr(auth, key):
+                self.wrong(
+                    f'is missing: "type": "oauth" needs it ({_keys(Auth)[key].description})',
+                    "auth",
+                    key,
+                )
+        for scope, rights in (auth.grants or {}).items():
+            self.judge_rights(config, rights, "auth", "grants", scope)
+        if auth.jwks and _REMOTE.match(auth.jwks):
+            url = urllib.parse.urlsplit(auth.jwks)
+            near = url.scheme == "http" and is_loopback(url.hostname or "")
+            if not (url.scheme == "https" or near) or not url.hostname or "@" in url.netloc:
+                # Who can change an answer on its way could sign every token.
+                self.wrong("must be an https:// URL, or a file", "auth", "jwks")
 
     def judge_rights(self, config: Config, rights: Rights, *path: str | int) -> None:
         """Servers that are not there, and globs that can be of none: they would grant nothing."""
@@ -1489,6 +1535,7 @@ _HOMES: Final[dict[str, type[_Options]]] = {
     "auth": Auth,
     "auth.tokens[]": Token,
     "tls": Tls,
+    "auth.grants.SCOPE": Rights,
 }
 
 
@@ -1553,6 +1600,8 @@ LOG_LINES: Final = 10_000  # waiting for a slow stderr; past it the oldest are d
 ALARMS: Final = {
     "auth.failed": "a token that is unknown, malformed or expired",
     "auth.slowed": "an address that tried too many wrong tokens waits before its next one",
+    "auth.keys_failed": "the keys of the OAuth issuer could not be fetched, or none can verify",
+    "auth.keys_missing": "a token could not be checked, since the issuer's keys cannot be had",
     "certificate.refused": "a TLS client without a valid certificate of `tls.client_ca`",
     "host.refused": "a Host header that is not ours: a rebound name, or a proxy that is not configured",
     "origin.refused": "a web page that is not in `allowed_origins` sent a request",
@@ -1970,6 +2019,7 @@ class Error:
     message: str
     data: Json = None
     status: int = 200
+    challenge: str = ""  # the WWW-Authenticate that goes with it (RFC 6750, 3)
 
 
 def read_message(value: Json) -> Request | Notice | Response:
@@ -3462,6 +3512,15 @@ _LONGEST_ENTRY: Final = 64  # characters of an address, with port and white spac
 _WITH_PORT: Final = re.compile(r"\[([^\]]*)\](?::[0-9]+)?|([0-9.]+):[0-9]+")
 
 
+class KeysNeeded(Exception):
+    """A token was signed with a key that is not known yet. The same request is to come again when
+    the keys were fetched; `refuse` makes the answer if that changed nothing."""
+
+    def __init__(self, refuse: Callable[[], HttpError]) -> None:
+        super().__init__()
+        self.refuse = refuse
+
+
 class WrongTokens:
     """Who sent wrong tokens lately, by address; bounded. `now` is monotonic, in seconds."""
 
@@ -3502,12 +3561,340 @@ def scope_of(config: Config, rights: Rights) -> Scope:
     return Scope([Grant(servers, tools)])
 
 
+# ---- OAuth: tokens that somebody else signs ----
+#
+# Atrax is a resource server: it issues nothing, and checks what an authorization server has signed
+# (JWT access tokens, RFC 9068). What makes such checks fail is known: the token's own header
+# decides how it is checked ("none", or a public key used as an HMAC secret; CVE-2015-9235), or it
+# was made for somebody else (RFC 8707). So the algorithm must be on a list and fit the key, the key
+# comes from the issuer's set and from nowhere else (`jwk`, `jku`, `x5u` are not looked at), and
+# issuer, audience and expiry are never optional.
+#
+# `owner` is asked on the loop and never waits. A key that it lacks makes it raise KeysNeeded, the
+# wiring holds the request, and a thread fetches the set: at most every 10 s, whatever the tokens
+# say, or everybody could make Atrax flood the issuer.
+
+# alg: key type and curve that it needs (RFC 7518, 3.1; RFC 8037).
+_ALGORITHMS: Final = {
+    "RS256": ("RSA", ""), "RS384": ("RSA", ""), "RS512": ("RSA", ""),
+    "PS256": ("RSA", ""), "PS384": ("RSA", ""), "PS512": ("RSA", ""),
+    "ES256": ("EC", "P-256"), "ES384": ("EC", "P-384"), "ES512": ("EC", "P-521"),
+    "EdDSA": ("OKP", "Ed25519"),
+}  # fmt: skip
+_JWT_TYPES: Final = ("", "jwt", "at+jwt", "application/at+jwt")  # no logout token, no DPoP proof
+_LEEWAY: Final = 30  # s that the issuer's clock may be ahead of ours (nbf, iat)
+_RSA_BITS: Final = range(2048, 8193)  # RFC 7518, 3.3; a larger key holds the loop
+_KEYS: Final = 100  # of one set that are looked at
+_TRIED: Final = 4  # keys for a token that does not name its own
+_KEY_SET: Final = 256 * 1024  # bytes
+_FETCH_TIME: Final = 10.0  # s for one fetch
+_FETCH_PAUSE: Final = 10.0  # s from the start of one to the start of the next
+_FETCH_AGAIN: Final = 600.0  # s; so long a key that was withdrawn may be used
+_HELD_REQUESTS: Final = 1000  # requests that wait for keys …
+_HELD_FOR: Final = 5.0  # … s at most
+_SCOPES: Final = 10_000  # sets of scopes that tokens come with
+_VERIFIED: Final = 10_000  # tokens that are remembered until they expire
+_WELL_KNOWN: Final = "/.well-known/oauth-protected-resource"
+_RESOURCE: Final = re.compile(r"(/servers/[A-Za-z0-9_-]{1,64})?/mcp")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Key:
+    """A public key of the issuer."""
+
+    kid: str | None
+    kind: tuple[str, str]  # as in _ALGORITHMS
+    alg: str | None  # the only algorithm it is for
+    key: Any  # of `cryptography`, which is imported when there is a key
+
+
+def read_keys(data: bytes) -> list[_Key]:
+    """The keys of a JWK set (RFC 7517) that can verify tokens; raises ValueError where it has none."""
+    try:
+        document = json.loads(data)
+    except RecursionError:
+        raise ValueError("no JWK set: nested too deep") from None
+    entries = document.get("keys") if isinstance(document, dict) else None
+    if not isinstance(entries, list):
+        raise ValueError('no JWK set: {"keys": [ … ]} is needed')
+    keys = [key for entry in entries[:_KEYS] if (key := _read_key(entry)) is not None]
+    if not keys:
+        raise ValueError(f"none of its {len(entries)} keys can verify tokens here")
+    return keys
+
+
+def _read_key(entry: Json) -> _Key | None:
+    """None for what is no signature key of ours: symmetric, private, for encryption, weak, unknown."""
+    import jwt
+
+    try:
+        if "d" in entry or entry.get("use", "sig") != "sig":
+            return None
+        kind = (entry["kty"], "" if entry["kty"] == "RSA" else entry.get("crv"))
+        fitting = [name for name, needs in _ALGORITHMS.items() if needs == kind]
+        alg, kid = entry.get("alg"), entry.get("kid")
+        if alg not in (None, *fitting) or "verify" not in entry.get("key_ops", ["verify"]):
+            return None
+        key = jwt.PyJWK(entry, fitting[0]).key
+    except (jwt.PyJWTError, AttributeError, LookupError, TypeError, ValueError):
+        return None
+    if kind[0] == "RSA" and key.key_size not in _RSA_BITS:
+        return None
+    return _Key(kid if isinstance(kid, str) else None, _ALGORITHMS[fitting[0]], alg, key)
+
+
+def _download(url: str) -> bytes:
+    """What is at `url`. Raises OSError, ValueError, HTTPException. In a thread of its own.
+
+    No redirects, no proxy of the environment, no other scheme: the config says where the keys are."""
+    import urllib.request as web
+
+    until = time.monotonic() + _FETCH_TIME
+    opener = web.OpenerDirector()
+    for handler in (web.HTTPHandler(), web.HTTPSHandler(), web.HTTPErrorProcessor(), web.HTTPDefaultErrorHandler()):  # fmt: skip
+        opener.add_handler(handler)
+    headers = {"Accept": "application/json", "User-Agent": f"atrax/{VERSION}"}
+    data = b""
+    with opener.open(web.Request(url, headers=headers), timeout=_FETCH_TIME / 2) as answer:
+        while part := answer.read1(65536):
+            data += part
+            if len(data) > _KEY_SET:
+                raise ValueError(f"more than {_KEY_SET} bytes")
+            if time.monotonic() > until:
+                raise ValueError(f"took more than {_FETCH_TIME:g} s")
+    return data
+
+
+class Keys:
+    """The issuer's public keys: given with the config, or fetched when one is missing and now and then."""
+
+    def __init__(self, source: str, record: Record) -> None:
+        self.source, self._record = source, record
+        self.remote = _REMOTE.match(source) is not None
+        self.generation = 0  # another one: the keys are others
+        self._keys = [] if self.remote else read_keys(source.encode())
+        self._data = b""
+        self._round, self._began, self._under_way = 0, -math.inf, False
+        self._due: asyncio.TimerHandle | None = None
+        self._waiting: dict[int, tuple[Callable[[bool], None], asyncio.TimerHandle]] = {}
+        self._tickets = itertools.count()
+
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
+    def knows(self, kid: str) -> bool:
+        """Whether there is a key of that name, for whatever algorithm."""
+        return any(key.kid == kid for key in self._keys)
+
+    def fitting(self, kid: str | None, alg: str) -> list[Any]:
+        """The keys that may have signed a token with this header."""
+        kind = _ALGORITHMS[alg]
+        return [
+            key.key
+            for key in self._keys
+            if key.kind == kind and key.alg in (None, alg) and kid in (None, key.kid)
+        ][:_TRIED]
+
+    def wait(self, ready: Callable[[bool], None]) -> Callable[[], None] | None:
+        """Fetch the keys as soon as that is allowed, then call `ready`: whether they could be had.
+
+        What is returned takes it back. None: too many wait already."""
+        if len(self._waiting) >= _HELD_REQUESTS:
+            return None
+        loop, ticket = asyncio.get_running_loop(), next(self._tickets)
+
+        def leave() -> None:
+            _, timer = self._waiting.pop(ticket)
+            timer.cancel()
+
+        def late() -> None:
+            del self._waiting[ticket]
+            ready(False)
+
+        self._waiting[ticket] = (ready, loop.call_later(_HELD_FOR, late))
+        self._fetch_soon(loop)
+        return leave
+
+    def wake(self, now: float) -> None:
+        """Fetch when it is time; `now` is the loop's."""
+        if self.remote and now - self._began > (_FETCH_AGAIN if self._keys else _FETCH_PAUSE):
+            self._fetch_soon(asyncio.get_running_loop())
+
+    def _fetch_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        # A fetch that hangs, in the name look-up for example, must not be the last one.
+        hangs = loop.time() - self._began > 2 * _FETCH_TIME
+        if self._due is None and (hangs or not self._under_way):
+            pause = self._began + _FETCH_PAUSE - loop.time()
+            self._due = loop.call_later(max(0.0, pause), self._fetch, loop)
+
+    def _fetch(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._due, self._under_way, self._began = None, True, loop.time()
+        self._round += 1
+        # A daemon, and no executor's thread: the end of Atrax would wait for it.
+        load = threading.Thread(target=self._load, args=(loop, self._round), daemon=True)
+        load.start()
+
+    def _load(self, loop: asyncio.AbstractEventLoop, turn: int) -> None:
+        data, keys, why = b"", list[_Key](), ""
+        try:
+            data = _download(self.source)
+            keys = read_keys(data)
+        except Exception as error:  # whatever it is, somebody waits for an answer
+            why = str(error) or type(error).__name__
+        try:
+            loop.call_soon_threadsafe(self._loaded, loop, turn, data, keys, why)
+        except RuntimeError:
+            return  # the loop has ended meanwhile
+
+    def _loaded(
+        self, loop: asyncio.AbstractEventLoop, turn: int, data: bytes, keys: list[_Key], why: str
+    ) -> None:
+        if turn != self._round:
+            return
+        self._under_way = False
+        if keys and data != self._data:
+            self._keys, self._data = keys, data
+            self.generation += 1
+            names = ", ".join(key.kid or "one without kid" for key in keys)
+            self._record.emit("auth.keys", message=f"{self.source}: the issuer's keys: {names}")
+        elif not keys:
+            then = (
+                "those of before stay" if self._keys else "until they can be had, nobody comes in"
+            )
+            message = f"{self.source}: no keys from the issuer: {why}; {then}"
+            self._record.alarm("auth.keys_failed", message)
+        waiting, self._waiting = self._waiting, {}
+        for ready, timer in waiting.values():
+            timer.cancel()
+            ready(bool(keys))
+
+
+class _Refused(Exception):
+    """A token that is not valid here; the text is for the log alone."""
+
+
+class _UnknownKey(Exception):
+    """A token that nobody can judge: the key that it names, or every key, is missing."""
+
+
+class _OAuth:
+    """Tokens of one issuer: what they must be, and what their scopes come to."""
+
+    def __init__(self, config: Config, record: Record, before: _OAuth | None) -> None:
+        auth = config.auth
+        self.issuer, self._audience = auth.issuer or "", auth.audience
+        source = auth.jwks or ""
+        try:
+            same = before is not None and before.keys.source == source
+            self.keys: Keys = before.keys if before is not None and same else Keys(source, record)
+        except ValueError as error:
+            raise UsageError(f"auth.jwks: {error}") from None
+        self.grants: dict[str, Scope] | None = None
+        if auth.grants is not None:
+            self.grants = {name: scope_of(config, rights) for name, rights in auth.grants.items()}
+        self._auth = auth
+        self._verified: dict[bytes, Owner] = {}
+        # Handed on as long as a token means what it meant: `issued` knows a scope by it.
+        kept = before is not None and before._auth == auth and before.grants == self.grants
+        self._scopes: dict[frozenset[str], Scope] = before._scopes if before and kept else {}
+        self._issued = {id(scope) for scope in self._scopes.values()}
+        self._generation = self.keys.generation
+
+    def issued(self, scope: Scope) -> bool:
+        """Whether `scope` is that of a token which still means the same. Its scopes by name were not
+        kept, so a change of `auth` ends what all of them opened."""
+        return id(scope) in self._issued
+
+    def owner(self, digest: bytes, request: HttpRequest) -> Owner:
+        """Whose token this is, expired or not; raises _Refused or _UnknownKey."""
+        if self._generation != self.keys.generation or len(self._verified) >= _VERIFIED:
+            self._verified.clear()
+            self._generation = self.keys.generation
+        owner = self._verified.get(digest)
+        if owner is None:
+            match = _BEARER.fullmatch(request.headers["authorization"])
+            if match is None:
+                raise _Refused("malformed")
+            claims = self._claims(match[1])
+            owner = self._verified[digest] = self._read(claims)
+        if owner.expires <= time.time():
+            del self._verified[digest]
+        return owner
+
+    def _claims(self, token: str) -> dict[str, Json]:
+        if not self.keys:
+            raise _UnknownKey
+        import jwt
+
+        try:
+            header = jwt.get_unverified_header(token)
+            keys = self._keys(header)
+            for at, key in enumerate(keys, 1):
+                try:
+                    return self._checked(token, key, header["alg"])
+                except jwt.InvalidSignatureError:
+                    if at == len(keys):
+                        raise
+        except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise _Refused(str(error)) from None
+        raise _Refused(f"there is no key for {header['alg']}")
+
+    def _keys(self, header: dict[str, Json]) -> list[Any]:
+        """The keys that may have signed a token with `header`; nobody has checked that yet."""
+        alg, kid, kind = header.get("alg"), header.get("kid"), header.get("typ") or ""
+        if not isinstance(alg, str) or alg not in _ALGORITHMS:
+            raise _Refused("signed with an algorithm that is not accepted")
+        if "crit" in header or not isinstance(kind, str) or kind.lower() not in _JWT_TYPES:
+            raise _Refused("of a type that is no access token")
+        if kid is not None and self.keys.remote and not self.keys.knows(kid):
+            raise _UnknownKey
+        return self.keys.fitting(kid, alg)
+
+    def _checked(self, token: str, key: Any, alg: str) -> dict[str, Json]:
+        """The claims of `token`, all of them right but, maybe, its expiry; raises PyJWTError."""
+        import jwt
+
+        return jwt.decode(
+            token, key, algorithms=[alg], audience=self._audience, issuer=self.issuer,
+            leeway=_LEEWAY, options={"require": ["exp", "iss", "aud"], "verify_exp": False},
+        )  # fmt: skip
+
+    def _read(self, claims: Mapping[str, Json]) -> Owner:
+        expires, who = claims["exp"], claims.get("sub") or claims.get("client_id")
+        # NaN, which is never past, is not within.
+        if not isinstance(expires, (int, float)) or not 1 < expires < 1e12:
+            raise _Refused("exp is no time in seconds")
+        # It will stand in logs, and as a key in tables.
+        if not isinstance(who, str) or len(who) > 256 or not who.isprintable():
+            raise _Refused("neither sub nor client_id names a principal")
+        return Owner(who, scope=self._scope(claims), expires=expires)
+
+    def _scope(self, claims: Mapping[str, Json]) -> Scope:
+        grants = self.grants or {}
+        said = claims.get("scope", claims.get("scp", ""))
+        names = said.split(" ") if isinstance(said, str) else said if isinstance(said, list) else []
+        given = frozenset(name for name in names if isinstance(name, str) and name in grants)
+        # Made once for each set, so that what others keep by scope is found again.
+        scope = self._scopes.get(given)
+        if scope is None:
+            if len(self._scopes) >= _SCOPES:
+                self._scopes.clear()
+                self._issued.clear()
+            union = frozenset[Grant]().union(*(grants[name].grants for name in given))
+            scope = self._scopes[given] = Scope([Grant()] if self.grants is None else union)
+            self._issued.add(id(scope))
+        return scope
+
+
 class Identity:
     """Decides who may send requests.
 
-    `before`: the one that this one replaces at a reload; what it learnt of attackers goes on."""
+    `before`: the one that this one replaces at a reload; what it learnt of attackers goes on, and the
+    issuer's keys. Raises UsageError for keys in the config that are none."""
 
-    def __init__(self, config: Config, before: Identity | None = None) -> None:
+    def __init__(
+        self, config: Config, before: Identity | None = None, record: Record | None = None
+    ) -> None:
         scheme, _, rest = (config.public_url or "").partition("://")
         public = rest.partition("/")[0]
         # Without its port too: proxies pass either on (nginx: $http_host, $host).
@@ -3522,6 +3909,8 @@ class Identity:
         self._origins = frozenset(map(_spelled, origins))
         self._accepted: set[str] = set()
         self._type = config.auth.type
+        # What clients call this gateway, without the path of an endpoint; else Host says it.
+        self._base = (config.public_url or "").rstrip("/").removesuffix("/mcp")
         # Made once, so that what others keep by owner or scope is found again.
         self._tokens = {
             token.digest: Owner(
@@ -3533,6 +3922,10 @@ class Identity:
             for token in config.auth.tokens
         }
         self._wrong: WrongTokens = WrongTokens() if before is None else before._wrong
+        self._record: Record = record or (Record() if before is None else before._record)
+        self._oauth: _OAuth | None = None
+        if self._type == "oauth":
+            self._oauth = _OAuth(config, self._record, before._oauth if before else None)
         proxies = [one for one in config.trusted_proxies if one != "unix"]
         self._proxies = [ipaddress.ip_network(one) for one in proxies]
         self._unix = "unix" in config.trusted_proxies
@@ -3597,19 +3990,93 @@ class Identity:
         # The digest follows from the head alone, so it is found once (HttpRequest.facts).
         digest = request.facts.get("bearer") or _bearer(request)
         if digest is None:
-            raise self._unproven()
-        # No time tells of a secret here: a dict compares keyed hashes of digests, and only an equal
-        # one to the byte. A secret that begins like another has nothing in common with it.
-        owner = self._tokens.get(digest)
-        if owner is None:
-            if wait := self._wrong.add(request.address, time.monotonic()):
-                text = f"too many wrong tokens from here; try again in {wait} s"
-                raise HttpError(429, text, [("Retry-After", str(wait))], "auth.slowed")
-            raise self._unproven("the token is not known here, or malformed")
+            raise self._unproven(request)
+        if self._oauth is None:
+            # No time tells of a secret here: a dict compares keyed hashes of digests, and only an
+            # equal one to the byte. A secret that begins like another has nothing in common with it.
+            owner = self._tokens.get(digest)
+            if owner is None:
+                raise self._wrong_token(request, "unknown")
+        else:
+            owner = self._verified(self._oauth, digest, request)
         # Not counted as wrong: it is no guess, and who gets 429 would not fetch a new one.
         if owner.expires <= time.time():
-            raise self._unproven("the token has expired", principal=owner.principal)
+            raise self._unproven(request, "the token has expired", principal=owner.principal)
+        if not owner.scope.grants:
+            raise self._insufficient(request, owner)
         return owner
+
+    def _verified(self, oauth: _OAuth, digest: bytes, request: HttpRequest) -> Owner:
+        try:
+            return oauth.owner(digest, request)
+        except _UnknownKey:
+            if oauth.keys:
+                raise KeysNeeded(lambda: self._wrong_token(request, "an unknown key")) from None
+            raise KeysNeeded(keys_missing) from None
+        except _Refused as refused:
+            raise self._wrong_token(request, str(refused)) from None
+
+    def _wrong_token(self, request: HttpRequest, reason: str) -> HttpError:
+        """The answer to a token that is none; `reason` is for the log."""
+        if wait := self._wrong.add(request.address, time.monotonic()):
+            text = f"too many wrong tokens from here; try again in {wait} s"
+            return HttpError(429, text, [("Retry-After", str(wait))], "auth.slowed", reason=reason)
+        return self._unproven(request, "the token is not valid here", reason=reason)
+
+    def wait(self, ready: Callable[[bool], None]) -> Callable[[], None] | None:
+        """After KeysNeeded: as `Keys.wait`."""
+        return self._oauth.keys.wait(ready) if self._oauth else None
+
+    def wake(self, now: float) -> None:
+        """Fetch the issuer's keys when it is time; `now` is the loop's."""
+        if self._oauth is not None:
+            self._oauth.keys.wake(now)
+
+    def metadata(self, request: HttpRequest) -> bytes | None:
+        """The protected resource metadata at the path of `request` (RFC 9728, 2); None: none is there.
+
+        For each name that a server can have, since the document needs no token."""
+        path = request.path
+        if self._oauth is None or not path.startswith(_WELL_KNOWN):
+            return None
+        base = self._called(request)
+        # RFC 9728, 3.1 puts the well-known part before the path of public_url.
+        own = urllib.parse.urlsplit(base).path
+        resource = path.removeprefix(_WELL_KNOWN).removesuffix("/").removeprefix(own)
+        if resource and not _RESOURCE.fullmatch(resource):
+            return None
+        document: dict[str, Json] = {
+            "resource": base + resource,
+            "authorization_servers": [self._oauth.issuer],
+            "bearer_methods_supported": ["header"],
+            "resource_name": "Atrax",
+        }
+        if self._oauth.grants is not None:
+            document["scopes_supported"] = list(self._oauth.grants)
+        return encode(document)
+
+    def step_up(self, owner: Owner, server: str, tool: str) -> Error | None:
+        """What to answer where the scope of `owner` alone keeps it from `tool` of `server` ("": from
+        its prompts and all else); None: no scope of the config would help."""
+        if self._oauth is None or self._oauth.grants is None:
+            return None
+        grants = self._oauth.grants
+        helps = [
+            n for n, s in grants.items() if (s.tool(server, tool) if tool else s.whole(server))
+        ]
+        if not tool and not owner.scope.sees(server):
+            helps += [name for name, scope in grants.items() if scope.sees(server)]
+        if not helps:
+            return None
+        more = helps[0]
+        # The scopes it has too: some clients ask for what a challenge names and lose the others.
+        names = [name for name, scope in grants.items() if owner.scope.covers(scope)]
+        place = f"{self._base}{_WELL_KNOWN}/mcp" if self._base else ""
+        text = f'this needs the scope "{more}"'
+        error = own_error(NOT_ALLOWED, text, "scope", scope=more)
+        error.status = 403
+        error.challenge = _challenge("insufficient_scope", text, [*names, more], place)
+        return error
 
     def stands(self, owner: Owner, now: float) -> bool:
         """Whether what `owner` opened, a stream, a session or a parked call, may go on; `now`: epoch.
@@ -3617,6 +4084,8 @@ class Identity:
         After a reload: the principal is still there and has lost nothing. And it has not expired."""
         if owner.expires <= now:
             return False
+        if self._oauth is not None:
+            return self._oauth.issued(owner.scope)
         if self._type == "none":
             return (owner.principal == ANONYMOUS.principal) is not self._certified
         return any(
@@ -3627,19 +4096,44 @@ class Identity:
             for same in self._tokens.values()
         )
 
-    def _unproven(self, wrong: str = "", **fields: Json) -> HttpError:
+    def _unproven(self, request: HttpRequest, wrong: str = "", **fields: Json) -> HttpError:
         """401 with its challenge (RFC 6750, 3); `wrong`: what is the matter with the token, if one was sent."""
-        challenge = 'Bearer realm="atrax"'
-        if not wrong:
-            text = (
-                'a token is needed: send the header "Authorization: Bearer TOKEN"; whoever runs '
-                "this gateway makes one with: python atrax.pyz token NAME"
-            )
-            return HttpError(401, text, [("WWW-Authenticate", challenge)])
-        challenge += f', error="invalid_token", error_description="{wrong}"'
+        oauth = self._oauth
+        scopes, place = list(oauth.grants or ()) if oauth else (), self._place(request)
+        challenge = _challenge("invalid_token" if wrong else "", wrong, scopes, place)
         headers = [("WWW-Authenticate", challenge)]
-        text = f"{wrong}; ask whoever runs this gateway for one"
-        return HttpError(401, text, headers, "auth.failed", **fields)
+        if wrong:
+            whom = oauth.issuer if oauth else "whoever runs this gateway"
+            text = f"{wrong}; ask {whom} for one"
+            return HttpError(401, text, headers, "auth.failed", **fields)
+        text = 'a token is needed: send the header "Authorization: Bearer TOKEN"; '
+        if oauth:
+            text += f"{oauth.issuer} gives one (see {place})"
+        else:
+            text += "whoever runs this gateway makes one with: python atrax.pyz token NAME"
+        return HttpError(401, text, headers)
+
+    def _insufficient(self, request: HttpRequest, owner: Owner) -> HttpError:
+        """403 for a token whose scopes allow nothing at all, with those that would."""
+        text = "the token has none of the scopes that allow something here"
+        scopes = list(self._oauth.grants or ()) if self._oauth else ()
+        challenge = _challenge("insufficient_scope", text, scopes, self._place(request))
+        headers = [("WWW-Authenticate", challenge)]
+        return HttpError(403, text, headers, "auth.failed", principal=owner.principal)
+
+    def _called(self, request: HttpRequest) -> str:
+        """The URL of this gateway for who sent `request`, whose Host was checked."""
+        scheme = "https" if request.secure else "http"
+        return self._base or f"{scheme}://{request.headers.get('host', 'localhost').lower()}"
+
+    def _place(self, request: HttpRequest) -> str:
+        """The URL of the metadata for the endpoint of `request`; "" without oauth.
+
+        Behind the path of public_url, which leads here whatever else the proxy does."""
+        if self._oauth is None:
+            return ""
+        resource = request.path if _RESOURCE.fullmatch(request.path) else ""
+        return self._called(request) + _WELL_KNOWN + resource
 
     def cors(self, request: HttpRequest) -> list[tuple[str, str]]:
         """What a response needs so that a page at an allowed origin can read it. After `check`."""
@@ -3703,6 +4197,25 @@ class Identity:
         except ValueError:
             return False
         return any(known in network for network in self._proxies)
+
+
+def keys_missing() -> HttpError:
+    """The answer where nobody can say yet whether a token is right."""
+    text = "the issuer's keys cannot be had at the moment; try again"
+    return HttpError(503, text, [("Retry-After", "5")], "auth.keys_missing")
+
+
+def _challenge(error: str, description: str, scopes: Sequence[str], place: str) -> str:
+    """A value of WWW-Authenticate (RFC 6750, 3; RFC 9728, 5.1)."""
+    words = {
+        "realm": "atrax",
+        "error": error,
+        # In quotes, and without any inside.
+        "error_description": description.replace('"', "'"),
+        "scope": " ".join(dict.fromkeys(scopes)),
+        "resource_metadata": place,
+    }
+    return "Bearer " + ", ".join(f'{word}="{value}"' for word, value in words.items() if value)
 
 
 def _bearer(request: HttpRequest) -> bytes | None:
@@ -3853,7 +4366,9 @@ def _ident(value: Json) -> int | str | None:
 
 
 def _retry_after(error: Error) -> tuple[tuple[str, str], ...]:
-    """The header that 429 and 503 come with (RFC 9110, section 10.2.3)."""
+    """The header that 429 and 503 come with (RFC 9110, section 10.2.3), or 403 (RFC 6750, 3.1)."""
+    if error.challenge:
+        return (("WWW-Authenticate", error.challenge),)
     detail = error.data.get("atrax") if isinstance(error.data, dict) else None
     wait = detail.get("retryAfter") if isinstance(detail, dict) else None
     return (("Retry-After", str(max(1, round(wait)))),) if isinstance(wait, (int, float)) else ()
@@ -12885,7 +13400,8 @@ class Atrax:
             check_request,
             check_answer,
         )
-        self.identity = Identity(config)
+        self.identity = Identity(config, record=self.record)
+        self.gateway.step_up = lambda *refused: self.identity.step_up(*refused)
         self.endpoints = Endpoints(self.record, self.status)
         tls = config.tls.context() if config.tls else None
         self.http = HttpServer(self, config.limits, self.record, clock, tls, self._is_exempt)
@@ -12972,7 +13488,10 @@ class Atrax:
     def tick(self) -> None:
         """Tell every section with deadlines what time it is, now and from now on."""
         now = self._loop.time()
-        for part in (self.supervisor, self.catalogue, self.subscriptions, self.clients, self.http):
+        for part in (
+            *(self.supervisor, self.catalogue, self.subscriptions, self.clients, self.http),
+            self.identity,
+        ):
             self._step(functools.partial(part.wake, now))
         if self.audit is not None:
             self._step(functools.partial(self.audit.wake, now))
@@ -13000,21 +13519,44 @@ class Atrax:
 
     # ---- Handler: which section a request is for ----
 
-    def handle(self, request: HttpRequest, reply: Reply) -> None:
-        """Route by path. A refusal is answered here; what it says goes to the record too."""
-        if self.identity.proxied:
+    def handle(self, request: HttpRequest, reply: Reply, fetched: bool | None = None) -> None:
+        """Route by path. A refusal is answered here; what it says goes to the record too.
+
+        `fetched`: the request was held for the issuer's keys, and whether they could be had."""
+        if self.identity.proxied and fetched is None:
             self.identity.unveil(request)
             reply.id = request.id
         try:
             self._route(request, reply)
         except HttpError as error:
-            self._refused(request, error)
-            headers = [("Content-Type", "application/json"), *error.headers]
-            reply.full(error.status, headers, encode({"error": {"message": str(error)}}))
+            self._refuse(request, reply, error)
+        except KeysNeeded as needed:
+            if fetched is not None or not self._hold(request, reply):
+                self._refuse(request, reply, needed.refuse() if fetched else keys_missing())
+
+    def _hold(self, request: HttpRequest, reply: Reply) -> bool:
+        """Handle `request` again when the issuer's keys were fetched; False if too many wait for that."""
+
+        def again(fetched: bool) -> None:
+            reply.closed = None
+            try:
+                self.handle(request, reply, fetched)
+            except Exception as error:  # Http is not up the stack any more
+                self.http.failed(f"{request.method} {request.path}", error)
+                self._refuse(request, reply, HttpError(500, "internal error"))
+
+        reply.closed = self.identity.wait(again)
+        return reply.closed is not None
+
+    def _refuse(self, request: HttpRequest, reply: Reply, error: HttpError) -> None:
+        self._refused(request, error)
+        headers = [("Content-Type", "application/json"), *error.headers]
+        reply.full(error.status, headers, encode({"error": {"message": str(error)}}))
 
     def _refused(self, request: HttpRequest, error: HttpError) -> None:
         """Record a refusal; what may be an attack aloud."""
-        message = f"{request.method} {request.path}: {error}"
+        why = error.fields.get("reason", error.fields.get("principal"))
+        message = f"{request.method} {request.path}: {error}" + (f" ({why})" if why else "")
         more: dict[str, Json] = {
             "request": request.id, "status": error.status, "address": request.address, **error.fields
         }  # fmt: skip
@@ -13035,6 +13577,12 @@ class Atrax:
             if request.method == "OPTIONS" and "access-control-request-method" in request.headers:
                 reply.full(204, self.identity.preflight(request), b"")
                 return
+        document = self.identity.metadata(request)
+        if document is not None:
+            if request.method not in ("GET", "HEAD"):
+                raise HttpError(405, "read it with GET", [("Allow", "GET, HEAD, OPTIONS")])
+            reply.full(200, [("Content-Type", "application/json")], document)
+            return
         owner = self.identity.owner(request)
         if request.method == "OPTIONS":
             reply.full(204, self.identity.preflight(request), b"")
@@ -13050,7 +13598,7 @@ class Atrax:
         """Who sent `request`, if they may see /status too: a rebound web page may not."""
         try:
             return self.identity.check(request)
-        except HttpError:
+        except (HttpError, KeysNeeded):
             return None
 
     def _server_path(self, request: HttpRequest, reply: Reply, owner: Owner) -> None:
@@ -13079,7 +13627,11 @@ class Atrax:
         error = Error(INVALID_PARAMS, text, status=404)
         if there:
             error = self.gateway.withheld(owner, name, "", error)
-        raise HttpError(error.status, error.message)
+        raise HttpError(
+            error.status,
+            error.message,
+            [("WWW-Authenticate", error.challenge)] if error.challenge else (),
+        )
 
     # ---- what there is to see ----
 

@@ -164,6 +164,31 @@ PROMISES: Final = {
         "A refused token, Host or Origin is an event with a name of its own, counted always, told a few times a minute.",
         "issue 6, Seen",
     ),
+    "oauth.tokens": Promise(
+        "A JWT of the issuer for this audience, signed with an algorithm of the list, lets its subject in.",
+        "DESIGN, Config, auth; RFC 9068",
+    ),
+    "oauth.refused": Promise(
+        "Any other token is refused, whatever its header asks for, and all with one answer.",
+        "issue 6; RFC 8725",
+    ),
+    "oauth.rotation": Promise(
+        "A new key of the issuer is fetched while the request waits, at most every 10 s.",
+        "DESIGN, Safe by default",
+    ),
+    "oauth.keys_missing": Promise(
+        "While the issuer's keys cannot be had the answer is 503 with Retry-After, and the log says why.",
+        "issue 6",
+    ),
+    "oauth.air_gapped": Promise("The issuer's keys may come from a file.", "DESIGN, Config, auth"),
+    "oauth.metadata": Promise(
+        "Each endpoint has its protected resource metadata, and a refusal leads there.",
+        "DESIGN, HTTP; RFC 9728",
+    ),
+    "oauth.step_up": Promise(
+        "Where a scope would help, the answer is 403 insufficient_scope and names it.",
+        "DESIGN, Who may what; MCP 2026-07-28, Authorization",
+    ),
     # What breaks
     "crash.isolated": Promise(
         "A child that dies fails only its own calls (1000); its server comes back.",

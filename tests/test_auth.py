@@ -123,10 +123,11 @@ async def test_a_token_in_a_url_or_twice_is_none(atrax: Start) -> None:
 
 @promise("auth.expiry")
 async def test_a_token_is_refused_from_the_moment_it_expires(atrax: Start) -> None:
-    until = datetime.fromtimestamp(time.time() + 2, UTC).isoformat()
-    gateway = await atrax(config(expires=until))
+    until = time.time() + 4
+    gateway = await atrax(config(expires=datetime.fromtimestamp(until, UTC).isoformat()))
     http = wire.Http(gateway.url)
-    assert (await http.get("/status", bearer(SECRET)))[0] == 200
+    first = (await http.get("/status", bearer(SECRET)))[0]
+    assert first == 200 or time.time() > until  # a start may take long on a busy machine
 
     async def refused() -> bool:
         return (await http.get("/status", bearer(SECRET)))[0] == 401
@@ -178,7 +179,7 @@ async def test_an_address_that_guesses_is_slowed_down_and_a_right_token_still_pa
     metrics = (await http.get("/metrics", bearer(SECRET)))[1].decode()
     assert 'atrax_events_total{event="auth.failed"} 10' in metrics
     assert 'atrax_events_total{event="auth.slowed"} 31' in metrics
-    await gateway.line("the token is not known here")
+    await gateway.line(r"the token is not valid here; .* \(unknown\)")
     assert sum("too many wrong tokens" in line for line in gateway.log) == 10
     assert not any("guess-" in line for line in gateway.log)
     http.close()
