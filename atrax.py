@@ -4119,7 +4119,7 @@ class Identity:
         scopes = list(self._oauth.grants or ()) if self._oauth else ()
         challenge = _challenge("insufficient_scope", text, scopes, self._place(request))
         headers = [("WWW-Authenticate", challenge)]
-        return HttpError(403, text, headers, "auth.failed", principal=owner.principal)
+        return HttpError(403, text, headers, principal=owner.principal)
 
     def _called(self, request: HttpRequest) -> str:
         """The URL of this gateway for who sent `request`, whose Host was checked."""
