@@ -2442,7 +2442,9 @@ _HOST: Final = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5}
 _LENGTH: Final = re.compile(r"0|[1-9][0-9]*")  # and not int(): it takes +5, 1_0 and Arabic digits
 _PATH: Final = re.compile(r"/(?:[A-Za-z0-9._~!$&'()*+,;=:@/-]|%[0-9A-Fa-f]{2})*")
 _QUERY: Final = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-Fa-f]{2})*")
-_ABSOLUTE: Final = re.compile(r"https?://([^/?#]*)(/[^?#]*)?((?:\?.*)?)", re.IGNORECASE)
+_ABSOLUTE: Final = re.compile(
+    r"https?://([^/?#\x00-\x20\x7f-\xff]*)(/[^?#]*)?((?:\?.*)?)", re.IGNORECASE
+)
 _CHUNK: Final = re.compile(
     rb"([0-9A-Fa-f]{1,16})"
     rb"(?:;[A-Za-z0-9!#$%&'*+.^_`|~-]+"
@@ -2650,7 +2652,9 @@ class HttpParser:
         return True
 
     def _read_trailer(self) -> bool:
-        """Read and dropped: no field in a trailer has a meaning here (RFC 9110, 6.5.1)."""
+        """Read and dropped: no field in a trailer has a meaning here (RFC 9110, 6.5.1).
+
+        One that frames, routes or authorizes must not stand there, and a proxy might heed it."""
         data, at = self._data, self._at
         if data.startswith(b"\r\n", at):
             self._at = at + 2
@@ -2662,7 +2666,9 @@ class HttpParser:
         self._clean = len(trailer) if end < 0 else 0
         if end < 0:
             return False
-        _fields(data[at:end].decode("latin-1").split("\r\n"), cached=False)
+        fields = _fields(data[at:end].decode("latin-1").split("\r\n"), cached=False)
+        if not SINGLE.isdisjoint(fields):
+            raise HttpError(400, "a header that must not stand in a trailer")
         self._at = end + 4
         return True
 

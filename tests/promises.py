@@ -210,6 +210,15 @@ PROMISES: Final = {
         "Closing the response cancels a modern client's call at the child, and no legacy client's.",
         "PROTOCOL, North, the client closes the response",
     ),
+    # HTTP
+    "http.fuzzed": Promise(
+        "No request is accepted that h11 refuses or reads otherwise, or that RFC 9112 lets be read in two ways.",
+        "issue 6, To show",
+    ),
+    "http.smuggled": Promise(
+        "After each hostile request the gateway still serves, and no child has seen what was hidden in it.",
+        "issue 6, To show",
+    ),
     # JSON and schemas
     "json.refused": Promise(
         "What is no JSON, too deep or ambiguous is refused and never forwarded.",

@@ -141,8 +141,12 @@ ROWS = [
         "RFC 9110, 15.5.14"),
     # ---- trailers ----
     Row("trailer", chunks(b"5\r\nhello\r\n0\r\nX: y\r\n\r\n"), (200,), TRAILER),
-    Row("trailer-dropped", chunks(b"0\r\nContent-Length: 5\r\nHost: b\r\n\r\n") + get(b"Host: a"),
+    Row("trailer-dropped", chunks(b"0\r\nX-Forwarded-For: ::1\r\nMcp-Name: b\r\n\r\n") + get(b"Host: a"),
         (200, 200), "RFC 9110, 6.5.1"),
+    Row("trailer-length", chunks(b"0\r\nContent-Length: 5\r\n\r\n") + SMUGGLED, (400,), "RFC 9110, 6.5.1"),
+    Row("trailer-coding", chunks(b"0\r\nTransfer-Encoding: x\r\n\r\n") + SMUGGLED, (400,), "fuzz_http"),
+    Row("trailer-host", chunks(b"0\r\nHost: b\r\n\r\n"), (400,), "RFC 9110, 6.5.1"),
+    Row("trailer-authorization", chunks(b"0\r\nAuthorization: Bearer x\r\n\r\n"), (400,), "RFC 9110, 6.5.1"),
     Row("trailer-lf", chunks(b"0\r\nX: y\n\r\n"), (400,), "RFC 9112, 2.2"),
     Row("trailer-all-lf", chunks(b"0\r\n\n" + SMUGGLED), (400,), "RFC 9112, 2.2"),
     Row("trailer-no-colon", chunks(b"0\r\nGET / HTTP/1.1\r\n\r\n"), (400,), TRAILER),
