@@ -2657,7 +2657,7 @@ class HttpParser:
         One that frames, routes or authorizes must not stand there, and a proxy might heed it."""
         data, at = self._data, self._at
         if data.startswith(b"\r\n", at):
-            self._at = at + 2
+            self._at, self._clean = at + 2, 0  # it may have come in two pieces
             return True
         end = data.find(b"\r\n\r\n", at)
         # A trailer is bound like a head, whose first line it lacks.

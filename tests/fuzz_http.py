@@ -134,9 +134,8 @@ def _asked(request: Any) -> tuple[str, str, str, dict[str, str]]:
         headers[key] = f"{headers[key]}, {text}" if key in headers else text
     target = request.target.decode("latin-1")
     if not target.startswith("/") and target != "*":
-        parts = urllib.parse.urlsplit(target)
-        target = parts.path or "/"
-        target += "?" + parts.query if parts.query else ""
+        target = re.sub(r"^\w+://[^/?#]*", "", target)
+        target = target if target.startswith("/") else "/" + target
     path, _, query = target.partition("?")
     decoded = urllib.parse.unquote_to_bytes(path).decode(errors="replace")
     return request.method.decode(), decoded, query, headers

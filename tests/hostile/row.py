@@ -1,15 +1,17 @@
-"""What a row of this folder is, and two ways to write its bytes shortly."""
+"""What a row of this folder is, and short ways to write its bytes."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
     """`data` is sent on a new connection; `statuses` are those of all responses, in order.
 
-    A last status that is not 200 means that the server must close, whatever else was sent."""
+    A last status that is not 200 means that the server must close, whatever else was sent. Rows for the gateway
+    (gateway.py) are answered by what stands behind the parser, which need not close."""
 
     id: str
     data: bytes
@@ -32,5 +34,46 @@ def post(*lines: bytes, body: bytes = b"") -> bytes:
 
 HOST = b"Host: a"
 CHUNKED = b"Transfer-Encoding: chunked"
-# A request that must never be seen by the handler: it would have been smuggled.
-SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
+META = {
+    "io.modelcontextprotocol/protocolVersion": "2026-07-28",
+    "io.modelcontextprotocol/clientInfo": {"name": "hostile", "version": "1"},
+    "io.modelcontextprotocol/clientCapabilities": {},
+}
+TARGET = b"/servers/smuggled/mcp"
+MODERN = {
+    b"Host": b"a",
+    b"Content-Type": b"application/json",
+    b"Accept": b"application/json, text/event-stream",
+    b"MCP-Protocol-Version": b"2026-07-28",
+    b"Mcp-Method": b"tools/call",
+    b"Mcp-Name": b"do",
+}
+ARGUMENTS = b'{"what":"calls"}'
+
+
+def body(arguments: bytes = ARGUMENTS) -> bytes:
+    """The message of a tools/call of `do` with `arguments`."""
+    params = b'{"name":"do","arguments":%b,"_meta":%b}' % (arguments, json.dumps(META).encode())
+    return b'{"jsonrpc":"2.0","id":7,"method":"tools/call","params":%b}' % params
+
+
+def call(
+    message: bytes | None = None,
+    *,
+    target: bytes = TARGET,
+    method: bytes = b"POST",
+    **headers: bytes | None,
+) -> bytes:
+    """A request that the gateway answers by asking the child `smuggled`, unless what is given spoils it.
+
+    `headers` by name with `_` for `-`; None leaves one out. Others are added in front."""
+    message = body() if message is None else message
+    given = {name.replace("_", "-").encode(): value for name, value in headers.items()}
+    due = {**given, **{name: value for name, value in MODERN.items() if name not in given}}
+    due.setdefault(b"Content-Length", b"%d" % len(message))
+    lines = [b"%b: %b\r\n" % (name, value) for name, value in due.items() if value is not None]
+    return b"%b %b HTTP/1.1\r\n" % (method, target) + b"".join(lines) + b"\r\n" + message
+
+
+# A request that nobody must see: it would have been smuggled. The gateway would call a tool.
+SMUGGLED = call()
