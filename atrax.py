@@ -4325,6 +4325,12 @@ _ERA_META: Final = frozenset({
 
 # ---- What both eras need of HTTP ----
 
+# RFC 8259, 8.1: in UTF-8 alone. Another charset would be another text to a filter in front.
+_JSON_TYPE: Final = re.compile(
+    r'application/json[ \t]*(?:;(?![ \t]*charset(?![ \t]*=[ \t]*"?utf-8"?[ \t]*(?:;|$)))[^;]*)*',
+    re.IGNORECASE,
+)
+
 
 @dataclasses.dataclass(slots=True)
 class _Visit:
@@ -4349,8 +4355,12 @@ def _check_post(headers: Mapping[str, str]) -> None:
     """The media types of a POST; raises HttpError 415, 406. A missing Accept allows everything."""
     kind = headers.get("content-type", "")
     plain = kind == "application/json"  # most often: nothing to take apart
-    if not plain and kind.partition(";")[0].strip(" \t").lower() != "application/json":
-        raise HttpError(415, "a POST to this endpoint is JSON: send Content-Type: application/json")
+    if not plain and not _JSON_TYPE.fullmatch(kind):
+        wanted = "application/json, which is UTF-8"
+        raise HttpError(415, f"a POST to this endpoint is JSON: send Content-Type: {wanted}")
+    if "content-encoding" in headers:  # who unpacks it in front of us would read another body
+        wants = [("Accept-Encoding", "identity")]  # RFC 9110, 15.5.16
+        raise HttpError(415, "a body is taken as it is, without Content-Encoding", wants)
     accept = headers.get("accept", "*/*")
     if accept == "application/json, text/event-stream":
         return
