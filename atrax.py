@@ -56,6 +56,7 @@ import json
 import marshal
 import math
 import os
+import posixpath
 import random
 import re
 import secrets
@@ -262,7 +263,8 @@ def become_child() -> None:
     """Bind this process to Atrax by the order in argv[1] (JSON), then exec argv[2:].
 
     The order is `{"parent": pid, "limits": [[rlimit, number], …]}`, and for a sandbox `"sandbox"`,
-    as `confine` takes it, and `"channel"`, the descriptor of a socket that is told how that went.
+    as `confine` takes it, and `"channel"`, the descriptor of a socket that is told how that went;
+    `"setuid": true` where programs below may gain privileges.
     The environment is the child's own already: no secret passes through it. A failure is one line,
     to the channel or to stderr, and exit code 127."""
     import ctypes
@@ -283,7 +285,8 @@ def become_child() -> None:
         control(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: SIGKILL of Atrax ends this process too
         if os.getppid() != order["parent"]:
             os._exit(127)  # Atrax ended before the line above: nobody is left to read an answer
-        control(38, 1)  # PR_SET_NO_NEW_PRIVS: no setuid program below here gains anything
+        if not order.get("setuid"):
+            control(38, 1)  # PR_SET_NO_NEW_PRIVS: no setuid program below here gains anything
         # What Atrax ignores (SIGPIPE, and SIGHUP under nohup) would stay ignored over exec.
         for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
             signal.signal(number, signal.SIG_DFL)
@@ -621,7 +624,6 @@ EMBEDDED: Final = ("files", "notes")  # what `"command": "bundled:NAME"` may nam
 # ignored is worse than none, so each is refused by name until its feature lands and its row leaves.
 UNENFORCED: Final = frozenset({
     "replicas", "name",
-    "mcpServers.*.container",
     "mcpServers.*.pin", "mcpServers.*.clean",
 })  # fmt: skip
 
@@ -754,6 +756,81 @@ class Sandbox(_Options):
     )
     files: _Count | None = _option(None, "most open files of each process", shown="none")
     best_effort: bool = _option(False, "run it even where the kernel cannot do all of this")
+
+
+# In a container, or mounted into it: no comma or quote, since `--mount` is a line of CSV.
+_Target: TypeAlias = Annotated[str, Field(pattern=r'^/[^\x00-\x1f,:"]*$')]
+_Mounted: TypeAlias = Annotated[str, Field(pattern=r'^[^\x00-\x1f,"]+$')]
+# host:port/path:tag@digest (OCI distribution); never an option, never podman's `dir:/somewhere`.
+_IMAGE: Final = (
+    r"^([A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?/)?([a-z0-9]+([._-]+[a-z0-9]+)*/)*"
+    r"[a-z0-9]+([._-]+[a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$"
+)
+# Who writes to one of these is root, or whoever runs the engine.
+_ENGINE_SOCKETS: Final = (
+    "/run/docker.sock", "/run/podman/podman.sock", "/run/containerd/containerd.sock",
+    "/run/crio/crio.sock", "/run/user",
+)  # fmt: skip
+_NEVER_MOUNTED: Final = ("/proc", "/sys", "/dev")
+# What the engine's client reads itself, so that a server's `env` cannot have it: the name is all
+# that stands on the command line, and the value is in the client's environment.
+_ENGINES_OWN: Final = re.compile(
+    r"PATH|HOME|TMPDIR|(LD|DOCKER|_?CONTAINERS?|XDG)_.*|STORAGE_(DRIVER|OPTS)|GODEBUG"
+    r"|REGISTRY_AUTH_FILE|DBUS_SESSION_BUS_ADDRESS|SSH_AUTH_SOCK|NOTIFY_SOCKET|LISTEN_.*"
+)
+
+
+class Mount(_Options):
+    """One directory or file of this machine in a container."""
+
+    source: _Mounted = Field(
+        description="what is mounted, from the config's directory where relative"
+    )
+    target: _Target = Field(description="where it is inside, an absolute path")
+    write: bool = _option(False, "the server may write there")
+
+    @field_validator("source")
+    @classmethod
+    def _harmless(cls, value: str) -> str:
+        real = os.path.realpath(value)
+        if real == "/":
+            raise ValueError("the whole file system is not mounted; name what the server needs")
+        for path in map(os.path.realpath, _ENGINE_SOCKETS):
+            if _lies_below(path, real) or _lies_below(real, path):
+                raise ValueError(f"{value} leads to an engine's socket: who has it has the machine")
+        if any(_lies_below(real, path) for path in _NEVER_MOUNTED):
+            raise ValueError(f"{value} is the system's, and is not mounted")
+        return value
+
+
+def _lies_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+class ContainerConfig(_Options):
+    """A server's process in a container: no capabilities, no privileges to gain, nothing to write."""
+
+    image: Annotated[str, Field(max_length=512, pattern=_IMAGE)] = Field(
+        description="what runs; it must be on this machine, since nothing is pulled"
+    )
+    engine: Literal["podman", "docker"] | None = _option(
+        None, "who runs it", shown="`podman`, or `docker` where that is missing"
+    )
+    mounts: list[Mount] = _option(list, "what of this machine it sees: `{source, target, write}`")
+    network: bool = _option(False, "true: the engine's usual network; without it, none")
+    memory: Annotated[int, Field(ge=16 * MIB)] = _option(
+        1024 * MIB, "most memory, swap and `/tmp` included", "bytes"
+    )
+
+    @field_validator("mounts")
+    @classmethod
+    def _apart(cls, value: list[Mount]) -> list[Mount]:
+        targets = [posixpath.normpath(mount.target) for mount in value]
+        if twice := {target for target in targets if targets.count(target) > 1}:
+            raise ValueError(f"{min(twice)} is the target of two mounts")
+        if hidden := {"/", "/tmp", "/proc", "/sys", "/dev"} & set(targets):
+            raise ValueError(f"{min(hidden)} is the container's own, and cannot be a target")
+        return value
 
 
 class LogConfig(_Options):
@@ -916,8 +993,9 @@ def _server_schema(schema: dict[str, Json]) -> None:
     # Copilot writes `tools` as a list of the allowed ones.
     properties["tools"] = {"anyOf": [properties["tools"], {"type": "array"}]}
     elsewhere = {"required": ["url"], "not": {"required": ["command"]}}
-    members = ("properties", "additionalProperties", "required")
-    schema["anyOf"] = [{key: schema.pop(key) for key in members}, elsewhere]
+    started = {key: schema.pop(key) for key in ("properties", "additionalProperties")}
+    started["anyOf"] = [{"required": ["command"]}, {"required": ["container"]}]
+    schema["anyOf"] = [started, elsewhere]
 
 
 class ServerConfig(_Options):
@@ -925,8 +1003,10 @@ class ServerConfig(_Options):
 
     model_config = ConfigDict(json_schema_extra=_server_schema)
 
-    command: Annotated[_Text, Field(min_length=1)] = Field(
-        description="the program, or `bundled:NAME` for a server that lies in the file itself",
+    command: Annotated[_Text, Field(min_length=1)] | None = _option(
+        None,
+        "the program, or `bundled:NAME` for a server that lies in the file itself",
+        shown="required, or what the image of `container` runs",
     )
     args: list[_Text] = _option(list, "its arguments")
     env: dict[_Variable, _Text] = Field(
@@ -954,6 +1034,9 @@ class ServerConfig(_Options):
     lazy: bool = _option(False, "start at first use")
     idle_stop: _Seconds | None = _option(None, "stop when unused so long", "s", shown="none")
     restart: Restart = _option(Restart, "when a dead child is started again")
+    container: ContainerConfig | None = _option(
+        None, "run `command` in a container, or what its image runs", shown="none"
+    )
     paths: Paths | None = _option(
         None, "where path arguments, `file:` URIs and roots may lead", shown="anywhere"
     )
@@ -964,8 +1047,8 @@ class ServerConfig(_Options):
 
     @field_validator("command")
     @classmethod
-    def _embedded(cls, value: str) -> str:
-        kind, _, name = value.partition(":")
+    def _embedded(cls, value: str | None) -> str | None:
+        kind, _, name = (value or "").partition(":")
         if kind == "bundled" and name not in EMBEDDED:
             raise ValueError(f'no such bundled server: "{name}". {_near(name, EMBEDDED)}'.strip())
         return value
@@ -984,11 +1067,33 @@ class ServerConfig(_Options):
                 'offer: "roots" with isolation "shared" needs "paths", to which roots are cut;'
                 ' or use "isolation": "session"'
             )
+        if self.container is not None:
+            self._fits_container()
         return self
+
+    def _fits_container(self) -> None:
+        """Raises ValueError where other keys make no sense in a container."""
+        if self.sandbox is not None:
+            raise ValueError("sandbox and container: a server has one of them")
+        if (self.command or "").startswith("bundled:"):
+            raise ValueError("a bundled server lies in this file, and is in no image: no container")
+        if self.cwd is not None and re.fullmatch(r"/[^\x00-\x1f]*", self.cwd) is None:
+            raise ValueError(f'cwd "{self.cwd}" must be an absolute path inside the container')
+        # Else relative paths would start somewhere that only the image knows.
+        if self.paths is not None and self.cwd is None:
+            raise ValueError('paths with container needs "cwd", the directory inside')
+        for name in self.env:
+            if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", name) is None:
+                raise ValueError(f'env: "{name}" is no name for a variable of a container')
+            if _ENGINES_OWN.fullmatch(name):
+                other = f'"command": "/usr/bin/env", "args": ["{name}=…", …]'
+                raise ValueError(f"env: {name} is read by the engine itself; write {other}")
 
     @property
     def argv(self) -> list[str]:
         """What to run; a bundled server is this file again, in a process of its own."""
+        if self.command is None:
+            return self.args
         kind, _, name = self.command.partition(":")
         if kind != "bundled":
             return [self.command, *self.args]
@@ -1156,6 +1261,11 @@ def _absolute(folder: str, path: Json) -> Json:
     return os.path.normpath(os.path.join(folder, os.path.expanduser(path)))
 
 
+def _inside(folder: str, path: Json) -> Json:
+    """`path` as seen from `folder` in a container, of which this machine's links say nothing."""
+    return posixpath.normpath(posixpath.join(folder, path)) if isinstance(path, str) else path
+
+
 _SKIPPED: Final = object()  # an entry of mcpServers that is not started here
 
 
@@ -1267,16 +1377,12 @@ class _ConfigReader:
                 entry["disabled"] = True
                 self.remark("read as disabled", *path, key)
         self.tool_lists(entry, path)
-        for key in ("command", "args", "env", "cwd", "envFile", "paths", "sandbox"):
+        for key in ("command", "args", "env", "cwd", "envFile", "paths", "sandbox", "container"):
             if key in entry:
                 entry[key] = self.expanded(entry[key], *path, key)
-        cwd = entry.get("cwd", "")
-        if isinstance(cwd, str):
-            entry["cwd"] = _absolute(self.folder, cwd)
-        for key, part in (("paths", "dirs"), ("sandbox", "read"), ("sandbox", "write")):
-            holder = entry.get(key) if isinstance(cwd, str) else None
-            if isinstance(holder, dict) and isinstance(dirs := holder.get(part), list):
-                holder[part] = [_absolute(entry["cwd"], one) for one in dirs]
+        if entry.get("command") is None and entry.get("container") is None:
+            self.wrong('is missing: the program to start, or "container"', *path, "command")
+        self.places(entry)
         file, env = entry.pop("envFile", None), entry.setdefault("env", {})
         if isinstance(file, str) and isinstance(env, dict):
             env = entry["env"] = self.env_file(file, path) | env
@@ -1286,6 +1392,21 @@ class _ConfigReader:
             self.secret(value)
         entry.setdefault("prefix", next((n for n, o in self.originals.items() if o == name), name))
         return entry
+
+    def places(self, entry: dict[str, Json]) -> None:
+        """Makes paths absolute: on this machine, or inside the container where there is one."""
+        cwd, container = entry.get("cwd", ""), entry.get("container")
+        if container is None and isinstance(cwd, str):
+            entry["cwd"] = _absolute(self.folder, cwd)
+        within = _absolute if container is None else _inside
+        for key, part in (("paths", "dirs"), ("sandbox", "read"), ("sandbox", "write")):
+            holder = entry.get(key) if isinstance(cwd, str) else None
+            if isinstance(holder, dict) and isinstance(dirs := holder.get(part), list):
+                holder[part] = [within(entry.get("cwd", "/"), one) for one in dirs]
+        mounts = container.get("mounts") if isinstance(container, dict) else None
+        for mount in mounts if isinstance(mounts, list) else ():
+            if isinstance(mount, dict) and "source" in mount:
+                mount["source"] = _absolute(self.folder, mount["source"])
 
     def tool_lists(self, entry: dict[str, Json], path: tuple[str, str]) -> None:
         """Other clients' lists of tools become `tools.allow` and `tools.deny`."""
@@ -1529,6 +1650,8 @@ _HOMES: Final[dict[str, type[_Options]]] = {
     "limits": Limits,
     "mcpServers.NAME.restart": Restart,
     "mcpServers.NAME.tools": ToolRules,
+    "mcpServers.NAME.container": ContainerConfig,
+    "mcpServers.NAME.container.mounts[]": Mount,
     "mcpServers.NAME.paths": Paths,
     "mcpServers.NAME.sandbox": Sandbox,
     "log": LogConfig,
@@ -9316,7 +9439,9 @@ class _Bounds:
 
     def __init__(self, config: ServerConfig, dirs: list[str]) -> None:
         self._cwd, self._dirs = config.cwd or os.getcwd(), dirs
-        self._roots = [os.path.realpath(one).rstrip("/") for one in dirs]
+        # This machine's links say nothing about a path inside a container.
+        self._real = os.path.realpath if config.container is None else os.path.normpath
+        self._roots = [self._real(one).rstrip("/") for one in dirs]
         self._steps = _MOST_STEPS
 
     def breach(self, text: str) -> str:
@@ -9372,7 +9497,7 @@ class _Bounds:
         if _MAGIC.match(path):
             return False
         try:
-            real = os.path.realpath(path)
+            real = self._real(path)
         except ValueError:
             return False  # no name in the encoding of this machine's file system
         return any(_lies_in(real, root) for root in self._roots)
@@ -11290,6 +11415,17 @@ WINDOWS_VARIABLES: Final = frozenset({
     "PROCESSOR_ARCHITECTURE", "PROGRAMFILES", "SYSTEMDRIVE", "SYSTEMROOT", "TEMP", "TMP",
     "USERNAME", "USERPROFILE", "WINDIR",
 })  # fmt: skip
+# What the client of a container engine needs to find its engine. Its container gets none of it.
+ENGINE_VARIABLES: Final = frozenset({
+    "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "DBUS_SESSION_BUS_ADDRESS",
+    "DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_CONFIG", "DOCKER_CERT_PATH", "DOCKER_TLS_VERIFY",
+    "DOCKER_API_VERSION", "CONTAINER_HOST", "CONTAINER_SSHKEY", "CONTAINER_CONNECTION",
+    "CONTAINERS_CONF", "CONTAINERS_CONF_OVERRIDE", "CONTAINERS_STORAGE_CONF",
+    "STORAGE_DRIVER", "STORAGE_OPTS", "SSH_AUTH_SOCK",
+})  # fmt: skip
+CONTAINER_PROCESSES: Final = 256  # with their threads: node takes a dozen
+CONTAINER_TMP: Final = 64 * MIB  # bytes of its /tmp, which count as its memory
+NOBODY_ID: Final = 65534
 MARK: Final = "ATRAX_CHILD"  # in each child's environment: its place, which tells its descendants
 INSTALLED_BY: Final = {
     "uvx": "uv", "uv": "uv", "npx": "Node.js", "npm": "Node.js", "node": "Node.js",
@@ -11313,19 +11449,26 @@ class Launch:
     # As `confine` takes it; None: not sandboxed.
     sandbox: Mapping[str, Json] | None = None
     limits: tuple[tuple[int, int], ...] = ()  # (resource, most)
+    # Of a container alone: what ends it once its client (`command`) has ended, and what it means
+    # if the client exits with 125.
+    removal: tuple[str, ...] = ()
+    refused: str = ""
 
 
-def launch(config: ServerConfig) -> Launch:
-    """The way to start `config`; raises Unstartable.
+def launch(config: ServerConfig, place: str = "") -> Launch:
+    """The way to start `config`; raises Unstartable. `place` names its container, if it has one.
 
     Looked up for each process: what is missing now may be installed later."""
     names = SAFE_VARIABLES if os.name == "posix" else SAFE_VARIABLES | WINDOWS_VARIABLES
+    names |= frozenset() if config.container is None else ENGINE_VARIABLES
     environment = {
         name: value
         for name, value in os.environ.items()
         # A value that begins with () is a shell function, which is code.
         if (name in names or name.startswith("LC_")) and not value.startswith("()")
     } | config.env
+    if config.container is not None:
+        return _in_container(config, config.container, place, environment)
     cwd = os.path.expanduser(config.cwd) if config.cwd else None
     if cwd is not None and not os.path.isdir(cwd):
         raise Unstartable(f'cwd "{cwd}" is not a directory')
@@ -11341,9 +11484,73 @@ def launch(config: ServerConfig) -> Launch:
     bounds[RLIMIT_NOFILE] = sandbox.files
     limits += [(limit, most) for limit, most in bounds.items() if most is not None]
     own = ARCHIVE or os.path.abspath(__file__)
-    bundled = [own, *sys.path] if config.command.startswith("bundled:") else []
+    bundled = [own, *sys.path] if (config.command or "").startswith("bundled:") else []
     order = _sandbox_order(sandbox, [*installation(program, search), *bundled])
     return Launch((program, *arguments), environment, cwd, order, tuple(limits))
+
+
+def _in_container(
+    config: ServerConfig, box: ContainerConfig, place: str, environment: Mapping[str, str]
+) -> Launch:
+    """The engine's client, whose stdin and stdout are the server's. Each option is one argument, so
+    that no value can become another option; what they are for stands in SECURITY."""
+    engine, kind = _find_engine(box.engine)
+    for mount in box.mounts:
+        if not os.path.exists(mount.source):
+            raise Unstartable(f'container.mounts: "{mount.source}" does not exist')
+    name, memory = f"atrax-{place or secrets.token_hex(8)}", box.memory
+    options = [
+        *("--rm", "--interactive", f"--name={name}", "--pull=never", "--log-driver=none"),
+        *("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--ipc=private"),
+        # As much with swap as without: none.
+        *(f"--pids-limit={CONTAINER_PROCESSES}", f"--memory={memory}", f"--memory-swap={memory}"),
+        f"--tmpfs=/tmp:rw,noexec,nosuid,nodev,mode=1777,size={CONTAINER_TMP}",
+        # Else /run and others can be written to.
+        *(["--read-only-tmpfs=false"] if kind == "podman" else []),
+        *([] if box.network else ["--network=none"]),
+        *_container_user(kind),
+        # The one place that can be written to, where the user has no home in the image.
+        "--env=HOME=/tmp",
+        *(f"--env={variable}" for variable in config.env),
+        *(
+            f"--mount=type=bind,source={mount.source},target={mount.target}"
+            + ("" if mount.write else ",readonly")
+            for mount in box.mounts
+        ),
+        *([f"--workdir={config.cwd}"] if config.cwd else []),
+        *([f"--entrypoint={config.command}"] if config.command else []),
+    ]
+    # podman waits 10 s for a container before it kills it; docker does not, and lacks the option.
+    now = ["--time=0"] if kind == "podman" else []
+    return Launch(
+        (engine, "run", *options, box.image, *config.args),
+        environment,
+        None,
+        limits=((RLIMIT_CORE, 0),),
+        removal=(engine, "rm", "--force", *now, name),
+        refused=f"{kind} could not start the container. "
+        f"Is the image here? `{kind} pull {box.image}`",
+    )
+
+
+def _find_engine(wanted: str | None) -> tuple[str, str]:
+    """Path and kind of the engine; raises Unstartable."""
+    import shutil
+
+    for kind in (wanted,) if wanted else ("podman", "docker"):
+        if found := shutil.which(kind):
+            return os.path.abspath(found), kind
+    missing = f"{wanted} is not there" if wanted else "neither podman nor docker is there"
+    raise Unstartable(f"container: {missing}; install one, or put it on the PATH of Atrax")
+
+
+def _container_user(kind: str) -> list[str]:
+    """Nobody where Atrax is root; else Atrax's own user, so that mounts are to it what they are to
+    Atrax. Without keep-id rootless podman would make it another one outside."""
+    uid, gid = (os.getuid(), os.getgid()) if hasattr(os, "getuid") else (0, 0)
+    if uid == 0:
+        return [f"--user={NOBODY_ID}:{NOBODY_ID}"]
+    return [f"--user={uid}:{gid}", *(["--userns=keep-id"] if kind == "podman" else [])]
 
 
 def find_command(command: str, path: str, cwd: str | None) -> str:
@@ -11378,6 +11585,9 @@ def staged(way: Launch, channel: int = -1) -> list[str]:
     order: dict[str, Json] = {"parent": os.getpid(), "limits": way.limits}
     if way.sandbox is not None:
         order |= {"sandbox": way.sandbox, "channel": channel}
+    if way.removal:
+        # The engine sets no_new_privs inside; podman without root needs newuidmap, which is setuid.
+        order["setuid"] = True
     text, source = orjson.dumps(order).decode(), _stage_source(way.sandbox is not None)
     # -I -S: nothing that a user may have installed runs before the order is carried out.
     return [sys.executable, "-I", "-S", "-c", source, text, *way.command]
@@ -11788,6 +11998,8 @@ def _tasks(pid: int, most: int) -> int:
 def allowed(config: ServerConfig) -> list[str]:
     """What a process of this server may do, in short sentences; names, never values."""
     own = sorted(config.env)
+    if config.container is not None:
+        return _allowed_in_container(config, config.container, own)
     try:
         environment = launch(config).environment
     except Unstartable:
@@ -11806,6 +12018,25 @@ def allowed(config: ServerConfig) -> list[str]:
     limits["open files"] = sandbox.files
     shown = [f"{most} {what}" for what, most in limits.items() if most is not None]
     return [*sentences, f"limits: {', '.join(shown) or 'none'}"]
+
+
+def _allowed_in_container(
+    config: ServerConfig, box: ContainerConfig, own: Sequence[str]
+) -> list[str]:
+    mounts = {write: [one for one in box.mounts if one.write == write] for write in (False, True)}
+    reads, writes = (
+        ", ".join(f"{one.target} ({one.source})" for one in mounts[write])
+        for write in (False, True)
+    )
+    return [
+        f"environment: {', '.join(['what the image sets', 'HOME', *own])}",
+        f"cwd: {config.cwd or 'as the image says'}",
+        f"container: {box.image} by {box.engine or 'podman or docker'}; no capabilities",
+        f"reads: {', '.join(filter(None, ['its image', reads, writes]))}",
+        f"writes: {', '.join(filter(None, ['/tmp', writes]))}",
+        f"network: {'as the engine gives it' if box.network else 'none'}",
+        f"limits: {box.memory} bytes of memory, {CONTAINER_PROCESSES} processes and threads",
+    ]
 
 
 def user_name() -> str:
@@ -11908,7 +12139,11 @@ STDERR_LINE: Final = 8192  # bytes of one line on stderr that are kept
 STDERR_RATE: Final = 200  # lines a second of one child that are logged
 LAST_LINE: Final = 300  # characters of its last line that a message quotes
 PATIENCE: Final = 2.0  # seconds between the rungs of `Child.stop`
+REMOVAL: Final = 10.0  # seconds that an engine may take to remove a container
+ENGINE_FAILED: Final = 125  # what podman and docker exit with where they ran nothing
 DRAIN: Final = 0.2  # seconds; a descendant may hold a pipe open after the child has ended
+# What docker says below the line that says why.
+_NO_REASON: Final = re.compile(r"(Run|See) 'docker run --help'")
 _ANSI: Final = re.compile(rb"\x1b\[[0-9;:?]*[A-Za-z]")  # colours, which a log line has no use for
 
 
@@ -12004,7 +12239,10 @@ class Child:
         self._guard: Guard | None = None
         self._unsent: list[bytes] = []
         self._pidfd = -1
+        self._way: Launch | None = None
+        self._removing = False  # its container may still be there
         self._ending = ""  # how it ended, once it has
+        self._late = False  # only `_removing` stands against the end
         self._over = False
         self._timer: asyncio.TimerHandle | None = None  # the next rung of `stop`, then the drain
 
@@ -12050,6 +12288,7 @@ class Child:
         except BaseException:
             signal_group(self.pid, KILL)
             process.wait()
+            self._remove_container()
             raise
         self.busy = False
         self._watch()
@@ -12061,7 +12300,9 @@ class Child:
             # Refused past fs.pipe-user-pages-soft: then results are slower, no more.
             with contextlib.suppress(OSError):
                 fcntl.fcntl(stdout, fcntl.F_SETPIPE_SZ, self._pipe_size)
-        channel = -1
+        self._way, channel = way, -1
+        # What an engine's client starts is the engine's to end, and bears no mark of ours.
+        mark = {} if way.removal else {MARK: self.place}
         if way.sandbox is not None:
             self._guard = Guard(self.place, self._loop, self._reported, self.denied)
             channel = self._guard.channel
@@ -12072,7 +12313,7 @@ class Child:
                 stdout=stdout,
                 stderr=stderr,
                 cwd=way.cwd,
-                env={**way.environment, MARK: self.place},
+                env={**way.environment, **mark},
                 start_new_session=True,
                 # The stage closes what is open; done here, it would walk through 20,000 sockets.
                 close_fds=not LINUX,
@@ -12214,10 +12455,46 @@ class Child:
             self._guard.close()
         status = self._process.wait()
         self._ending, self.signal = _how(status), max(0, -status)
+        if self._way is not None and self._way.refused and status == ENGINE_FAILED:
+            self._ending = self._way.refused
+        self._remove_container()
         self._stdout.resume()
         self._stderr.resume()
         self._after(DRAIN, self._end)
         self._drained()
+
+    def _remove_container(self) -> None:
+        """Its client has ended, and whether the container has is known to the engine alone."""
+        if self._way is None or not self._way.removal:
+            return
+        self._removing = True
+        # Owned by the engine's command that it waits for, which has its time.
+        threading.Thread(target=self._removal, args=(self._way,), daemon=True).start()
+
+    def _removal(self, way: Launch) -> None:
+        null, fault = subprocess.DEVNULL, ""
+        try:
+            subprocess.call(
+                way.removal,
+                stdin=null,
+                stdout=null,
+                stderr=null,
+                env=way.environment,
+                close_fds=not LINUX,
+                timeout=REMOVAL,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            fault = str(error)
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            self._loop.call_soon_threadsafe(self._removed, fault)
+
+    def _removed(self, fault: str) -> None:
+        self._removing = False
+        if fault and self._way is not None:
+            message = f"its container {self._way.removal[-1]} may still run: {fault}"
+            self._record.emit("container.left", "error", server=self.server, message=message)
+        if self._late:
+            self._end()
 
     def _drained(self) -> None:
         """End as soon as all that it wrote has been read."""
@@ -12226,6 +12503,9 @@ class Child:
 
     def _end(self) -> None:
         if self._over:
+            return
+        if self._removing:
+            self._late = True  # who hears of the end takes it that nothing of it is left
             return
         self._over = True
         if self._timer is not None:
@@ -12329,7 +12609,8 @@ class Stderr:
         text = _ANSI.sub(b"", line[:STDERR_LINE]).decode(errors="replace").rstrip()
         if not text:
             return
-        self.last = text
+        if not _NO_REASON.match(text):
+            self.last = text
         if passes:
             self._record.emit("child.stderr", server=self._server, message=text)
 
@@ -12995,7 +13276,8 @@ class Family:
 
     def __init__(self, supervisor: Supervisor, name: str, config: ServerConfig) -> None:
         self.supervisor, self.name, self.config = supervisor, name, config
-        self.command = tuple(config.argv)
+        box = config.container
+        self.command = (box.image if box else "", *config.argv)
         self.asks = False  # whether a child of it asked while a call was open
         self.limit = config.concurrency or NO_LIMIT  # most calls in flight per process
         self.restarts = 0
@@ -13239,7 +13521,7 @@ class Supervisor:
                 if config.sandbox and not LINUX:
                     member.nest.family.open_ways([NO_SANDBOX])
                 if member.wanted:
-                    await member.child.open(launch(config))
+                    await member.child.open(launch(config, member.place))
             except (Unstartable, OSError, ValueError) as error:
                 member.cause = Cause.UNSTARTABLE
                 member.nest.bury(member, str(error))

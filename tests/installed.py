@@ -21,7 +21,7 @@ SDK1 = BUILD / "sdk1" / "bin" / "python"
 
 PLACES = {"node": NODE, "servers": SERVERS / "python", "sdk1": SDK1}
 # Debian packages by the command that they bring; asked for only where the command is missing.
-DEBIAN = {"git": "git", "nginx": "nginx", "systemd-analyze": "systemd"}
+DEBIAN = {"git": "git", "nginx": "nginx", "podman": "podman", "systemd-analyze": "systemd"}
 
 
 def node_server(name: str, *arguments: str) -> dict[str, object]:

@@ -243,6 +243,25 @@ PROMISES: Final = {
         "No schema and no argument, however made, holds up other clients.", "DESIGN, Calls"
     ),
     # Paths
+    "container.hardened": Promise(
+        "With `container` the engine is told each lock, and only what the config asks for is left out.",
+        "issue 6, item 4; DESIGN, Config",
+    ),
+    "container.secrets": Promise(
+        "No secret is on an engine's command line, and none of its settings goes into the container.",
+        "issue 6, item 4",
+    ),
+    "container.removed": Promise(
+        "A container ends with its server: at a stop, at a crash, and when the engine's client dies.",
+        "issue 6, item 4",
+    ),
+    "container.told": Promise(
+        "What an engine refuses is told with what to do; nothing is pulled.", "issue 6, item 4"
+    ),
+    "container.holds": Promise(
+        "In a real container writing, connecting, forking and filling memory are stopped.",
+        "issue 6, item 4",
+    ),
     "paths.inside": Promise(
         "With `paths` no spelling of a path leaves the directories; odd but honest names pass.",
         "DESIGN, Paths; issue 6, item 3",
