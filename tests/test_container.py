@@ -115,6 +115,7 @@ def test_a_mount_that_would_give_too_much_is_refused(mount: Json, message: str) 
     [
         ({}, 'mcpServers.one.command: is missing: the program to start, or "container"'),
         ({"command": "bundled:notes"}, "a bundled server lies in this file"),
+        ({"sandbox": {}}, "a server has one of them"),
         ({"cwd": "work"}, "must be an absolute path inside"),
         ({"paths": {"dirs": ["/data"]}}, 'paths with container needs "cwd"'),
         ({"env": {"DOCKER_HOST": "tcp://x"}}, "DOCKER_HOST is read by the engine itself"),
@@ -154,6 +155,20 @@ def test_paths_of_a_container_are_not_read_as_this_machines(tmp_path: Path) -> N
 
     assert not wrong(f"{data}/note.txt") and not wrong("note.txt") and not wrong("a/../b")
     assert wrong("/etc/passwd") and wrong("../x") and wrong(f"{data}/%2e%2e/x") and wrong("~/x")
+
+
+def test_check_says_what_a_container_may_do() -> None:
+    mounts = [
+        {"source": "/srv", "target": "/data"},
+        {"source": "/usr/share", "target": "/out", "write": True},
+    ]
+    container = {"image": "mcp/time:1", "engine": "podman", "mounts": mounts}
+    entry = {"container": container, "env": {"TOKEN": SECRET}}
+    server = Config.load(json.dumps({"mcpServers": {"one": entry}})).servers["one"]
+    shown = "\n".join(program.allowed(server))
+    assert "mcp/time:1 by podman" in shown and "network: none" in shown
+    assert "reads: its image, /data (/srv), /out (/usr/share)" in shown
+    assert "writes: /tmp, /out (/usr/share)" in shown and "TOKEN" in shown and SECRET not in shown
 
 
 # ---- what the engine is told, with a stand-in ----
