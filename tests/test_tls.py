@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import signal
 import socket
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import wire
 from certificates import Authority, subject
-from conftest import Running, Start, child
+from conftest import Running, Start, child, eventually
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 from installed import NODE
@@ -437,6 +438,25 @@ async def test_sessions_of_one_certificate_are_unknown_to_another(
     assert (await his.open("tools/list")).status == 404
     assert (await hers.call("echo__echo", {"text": "b"})).text == "b"
     his.close()
+
+
+@promise("tls.certificates")
+async def test_with_tokens_both_are_needed_and_the_token_is_the_principal(
+    atrax: Start, tmp_path: Path, ca: Authority
+) -> None:
+    alice = ca.context(*ca.issue(tmp_path, "alice"))
+    token = {"name": "ci", "hash": "sha256:" + hashlib.sha256(b"a-token-for-ci-0").hexdigest()}
+    auth = {"auth": {"type": "token", "tokens": [token]}, "log": {"audit": str(tmp_path / "audit")}}
+    running = await atrax({**config(tmp_path, ca, ca), **SERVERS, **auth}, tls=alice)
+    assert (await running.get("/status"))[0] == 401
+    client = running.modern(headers={"Authorization": "Bearer a-token-for-ci-0"})
+    assert (await client.call("echo__echo", {"text": "a"})).text == "a"
+    running.tls = ca.context()
+    with pytest.raises((ssl.SSLError, ConnectionError, asyncio.IncompleteReadError)):
+        await running.get("/status", {"Authorization": "Bearer a-token-for-ci-0"})
+    await eventually((tmp_path / "audit").exists, "no audit")
+    await eventually(lambda: bool((tmp_path / "audit").read_text()), "nothing in the audit")
+    assert json.loads((tmp_path / "audit").read_text())["principal"] == "ci"
 
 
 # ---- renewal ----
