@@ -4446,6 +4446,21 @@ _ERA_META: Final = frozenset({
 })  # fmt: skip
 
 
+# ---- Whose it is, and for how long ----
+# What a client opens and leaves open stands on the token that it came with: streams (listens, the
+# GET of a session, HTTP+SSE), sessions, parked calls. A session takes a newer token of its principal
+# as its own, and so does a parked call with its retry. When that token expires they end, with what
+# they have open; calls that run may finish. When a reload takes the token away, or some of its
+# rights, calls end too. Nobody looks at all of them five times a second: `Clients.expiry` is the
+# first moment at which anything may have to end.
+
+_Fallen: TypeAlias = Callable[[Owner], bool]  # whether what an owner opened has to end
+
+
+def _unexpired(owner: Owner, now: float) -> bool:
+    return owner.expires > now
+
+
 # ---- What both eras need of HTTP ----
 
 # RFC 8259, 8.1: in UTF-8 alone. Another charset would be another text to a filter in front.
@@ -4461,7 +4476,7 @@ class _Visit:
 
     request: HttpRequest
     reply: Reply
-    owner: Owner  # without a session
+    owner: Owner  # with the session, once that is known
     endpoint: str
     value: Json = None  # the decoded body
     session: _Session | None = None
@@ -4902,15 +4917,30 @@ class ModernClient:
         else:
             run.begin(call)
 
-    def stop(self, why: str, principal: str | None = None) -> None:
-        """End what `principal` has open; None: everybody."""
+    def stop(self, why: str, fallen: _Fallen) -> None:
+        """End all that belongs to who is `fallen`."""
         waiting = [waiter for waiter in self.edge.silent if isinstance(waiter, _ModernCall)]
         for run in (*waiting, *self.streaming):
-            if principal in (None, run.owner.principal):
+            if fallen(run.owner):
                 run.stop(why)
         for parked in tuple(self.parking.calls.values()):
-            if principal in (None, parked.run.owner.principal):
+            if fallen(parked.run.owner):
                 self.parking.expire(parked, why)
+
+    def expire(self, why: str, fallen: _Fallen) -> None:
+        """End what only stands and waits."""
+        for listen in self.listens:
+            if fallen(listen.owner):
+                listen.stop(why)
+        for parked in self.parking.parked:
+            if fallen(parked.run.owner):
+                self.parking.expire(parked, why)
+
+    @property
+    def standing(self) -> Iterator[Owner]:
+        """On whom depends what `expire` may have to end."""
+        yield from (listen.owner for listen in self.listens)
+        yield from (parked.run.owner for parked in self.parking.parked)
 
     @property
     def listens(self) -> list[_ModernListen]:
@@ -5126,6 +5156,7 @@ class _ModernListen(_ModernCall):
     def begin(self, call: Call) -> None:
         super().begin(call)
         if self.reply is not None:
+            self.client.edge.lasts(self.owner)
             self.slow()
 
     def note(self, notice: Notice) -> None:
@@ -5263,6 +5294,7 @@ class _Parked:
         answer = encode({**_INPUT_REQUIRED, "inputRequests": requests, "requestState": state})
         self.given = {self.round - 1: answer}
         self.parking.extend(self)
+        self.parking.edge.lasts(self.run.owner)
         self.run.give(answer)
 
     def retry(self, number: int, other: _ModernCall, answers: dict[str, Json]) -> None:
@@ -5277,6 +5309,7 @@ class _Parked:
             self.run.give(Error(INVALID_REQUEST, text))
         # It goes on on the response of the retry, whose own settings count from now on.
         self.run.reply, self.run.ident, self.run.retried = other.reply, other.ident, True
+        self.run.owner = other.owner  # a newer token of the same principal, with no fewer rights
         self.run.token, self.run.level = other.token, other.level
         self.run.wait()
         self.parking.extend(self)
@@ -5303,6 +5336,11 @@ class _Parking:
         self.calls: OrderedDict[str, _Parked] = OrderedDict()  # by name; the first is due first
         self.counts: dict[str, int] = {}  # principal → its calls that have not ended
         self.remembered = 0  # bytes of answers of ended calls
+
+    @property
+    def parked(self) -> list[_Parked]:
+        """Those that wait for their client."""
+        return [parked for parked in self.calls.values() if parked.stage is _Stage.PARKED]
 
     def ask(self, run: _ModernCall, ask: Ask) -> None:
         """Park `run` with one more question, or refuse the question where the owner has too many."""
@@ -5532,6 +5570,7 @@ class _Outlet:
     reply: Reply | None
     pending: int = 1  # answers that have not come
     answers: list[bytes] | None = None  # of a batch; None: it is none
+    owner: Owner | None = None  # who opened a session's own stream
     headers: tuple[tuple[str, str], ...] = ()  # that go with a JSON response
     feed: _Feed | None = None
     number: int = -1  # its number as an event stream; -1: it is none (yet)
@@ -5576,7 +5615,7 @@ class _Outlet:
 
     def _connect(self, reply: Reply) -> _Feed:
         """Go on on this response; an older connection ends."""
-        self._disconnect()
+        self.disconnect()
         feed = self.feed = _Feed(self.client.edge, reply)
         reply.closed = self._left
         return feed
@@ -5642,20 +5681,21 @@ class _Outlet:
         """Nothing comes after this; what was not delivered waits."""
         self.over = True
         if self.feed is not None:
-            self._disconnect()
+            self.disconnect()
             if self.session is not None:
                 self.client.lingering[self] = self.client.edge.now + _LINGER
 
     def forget(self) -> None:
         """End it for good: nothing of it can be fetched any more."""
         self.over = True
-        self._disconnect()
+        self.disconnect()
         self.client.lingering.pop(self, None)
         if self.session is not None:
             self.client.store.forget(self.session, self)
             self.session.streams.pop(self.number, None)
 
-    def _disconnect(self) -> None:
+    def disconnect(self) -> None:
+        """End the response; what comes now waits for the next one."""
         if self.feed is not None:
             self.feed.end()
             self.feed = None
@@ -6055,12 +6095,15 @@ class LegacyClient:
             if match is None or stream is None or int(match[2]) > stream.last:
                 text = "nothing is kept of this stream any more; send the request again"
                 raise HttpError(400, text)
+            stream.owner = visit.owner
             stream.resume(session, visit.reply, int(match[2]))
         else:
             # A second GET takes over: the first may be a connection that broke without a word, and a
             # 409 would lock its client out until that shows.
             standing = session.streams.get(0) or _Outlet(self, session, None, 0)
+            standing.owner = visit.owner
             standing.open(visit.reply, 0)
+        self.edge.lasts(visit.owner)
         self._listening(session).start()
 
     def delete(self, visit: _Visit) -> None:
@@ -6076,7 +6119,7 @@ class LegacyClient:
         error = self.admit(session)
         if error is not None:
             raise HttpError(503, error.message, _retry_after(error))
-        stream = session.streams[0] = _Outlet(self, session, None, 0)
+        stream = session.streams[0] = _Outlet(self, session, None, 0, owner=visit.owner)
         stream.open(visit.reply, 0)
         path = f"/servers/{visit.endpoint}/messages" if visit.endpoint else "/messages"
         visit.reply.write(sse_event(f"{path}?sessionId={session.ident}".encode(), "", "endpoint"))
@@ -6115,13 +6158,25 @@ class LegacyClient:
         mine, owner = session.owner, visit.owner
         if mine.principal != owner.principal or not owner.scope.covers(mine.scope):
             return None
-        if mine.scope is not owner.scope or mine.expires != owner.expires:
+        widened = mine.scope is not owner.scope and mine.scope != owner.scope
+        if session.old and widened:
+            return None  # its answers would go to a stream that was opened with fewer rights
+        if widened or owner.expires > mine.expires:
             session.owner = dataclasses.replace(owner, session=mine.session)
-            if session.listening is not None and mine.scope != owner.scope:
-                session.listening.renew()
+            self.edge.lasts(session.owner)
+        if widened:
+            self._widen(session)
+        visit.owner = session.owner
         session.used = self.edge.now
         self.sessions.move_to_end(ident)
         return session
+
+    def _widen(self, session: _Session) -> None:
+        """Let `session` hear of all that it may see now, on a stream that is opened with these rights."""
+        if 0 in session.streams:
+            session.streams[0].disconnect()
+        if session.listening is not None:
+            session.listening.renew()
 
     def _misused(self, ident: str) -> str:
         """What the record calls a request with this id, which is none of its sender's sessions."""
@@ -6167,6 +6222,7 @@ class LegacyClient:
                 return error
             self.end(oldest, "limits.sessions was reached, and it was idle for longest")
         self.sessions[session.ident] = session
+        self.edge.lasts(session.owner)
         return None
 
     def _idle(self, since: float) -> _Session | None:
@@ -6273,6 +6329,7 @@ class LegacyClient:
         """The canonical form of a request."""
         if visit.session is not None:
             call = visit.session.call(method, params)
+            call.owner = visit.owner  # the session's may have more rights by now
         else:
             call = Call(
                 method, params, visit.owner, visit.version, visit.endpoint, any_output=False
@@ -6343,16 +6400,34 @@ class LegacyClient:
         while (session := self._idle(now - self.edge.limits.session_idle)) is not None:
             self.end(session, "it was idle for limits.session_idle")
 
-    def stop(self, why: str, principal: str | None = None) -> None:
-        """End the sessions and calls of `principal`; None: everybody's."""
-        for session in tuple(self.sessions.values()):
-            if principal in (None, session.owner.principal):
-                for call in tuple(session.calls):
-                    call.stop(why)
-                self.end(session, why)
-        for call in tuple(self.lone):
-            if principal in (None, call.visit.owner.principal):
+    def stop(self, why: str, fallen: _Fallen) -> None:
+        """End all that belongs to who is `fallen`."""
+        for session in self.sessions.values():
+            for call in tuple(session.calls) if fallen(session.owner) else ():
                 call.stop(why)
+        for call in tuple(self.lone):
+            if fallen(call.visit.owner):
+                call.stop(why)
+        self.expire(why, fallen)
+
+    def expire(self, why: str, fallen: _Fallen) -> None:
+        """End what only stands and waits. A session waits for its calls: they may finish."""
+        for session in tuple(self.sessions.values()):
+            stream = session.streams.get(0)
+            deaf = stream is not None and stream.owner is not None and fallen(stream.owner)
+            if (session.old and deaf) or (fallen(session.owner) and not session.calls):
+                self.end(session, why)
+            elif deaf and stream is not None:
+                stream.disconnect()
+
+    @property
+    def standing(self) -> Iterator[Owner]:
+        """On whom depends what `expire` may have to end."""
+        for session in self.sessions.values():
+            yield session.owner
+            stream = session.streams.get(0)
+            if stream is not None and stream.feed is not None and stream.owner is not None:
+                yield stream.owner
 
 
 # ---- What legacy versions know ----
@@ -6540,9 +6615,11 @@ class Clients:
     check_request: _Check  # for requests that are answered here
     check_answer: _Check  # for answers to asks
     wall: Callable[[], float] = time.time  # seconds since the epoch
+    stands: Callable[[Owner, float], bool] = _unexpired  # may what an owner opened go on at `wall`?
 
     def __post_init__(self) -> None:
         self.now = self.clock()
+        self.expiry = math.inf  # by `wall`: before it nothing expires
         self.seal = _Seal(self.key)
         # Responses that have not begun → when they must.
         self.silent: dict[_ModernCall | _Outlet, float] = {}
@@ -6608,6 +6685,36 @@ class Clients:
             feed.flush()
         self.modern.parking.wake(now)
         self.legacy.wake(now)
+        if self.expiry <= self.wall():
+            self._expire()
+
+    def lasts(self, owner: Owner) -> None:
+        """Something was opened that ends when `owner` expires."""
+        if owner.expires < self.expiry:
+            self.expiry = owner.expires
+
+    def _expire(self) -> None:
+        fallen, why = self._fallen(), "the token that it was opened with has expired"
+        self.modern.expire(why, fallen)
+        self.legacy.expire(why, fallen)
+        standing = (*self.modern.standing, *self.legacy.standing)
+        first = min((owner.expires for owner in standing), default=math.inf)
+        # What is left of the fallen waits for its calls. One look a second is enough for that, and
+        # for any number of tokens that expire one after the other.
+        self.expiry = max(first, self.wall() + 1.0)
+
+    def _fallen(self) -> _Fallen:
+        """Who has to end what is open, now. Each is judged once: 20,000 sessions are of few tokens."""
+        now, stands = self.wall(), self.stands
+        judged: dict[tuple[str, Scope, float, bool], bool] = {}
+
+        def fallen(owner: Owner) -> bool:
+            key = (owner.principal, owner.scope, owner.expires, owner.admin)
+            if key not in judged:
+                judged[key] = not stands(owner, now)
+            return judged[key]
+
+        return fallen
 
     def counts(self) -> dict[str, int]:
         """What is open here, for /status: sessions, parked calls, listens."""
@@ -6617,18 +6724,17 @@ class Clients:
             "listens": len(self.modern.listens),
         }
 
-    def drop(self, principal: str) -> None:
-        """End all that a principal has here: it is gone, expired, or may do less than before."""
-        self._stop("its principal is gone, or may do less than before", principal)
+    def review(self) -> None:
+        """After a reload: end all that belongs to who may not have it any more, calls in flight too."""
+        self._stop("its token is not known any more, or may do less than before", self._fallen())
 
     def drain(self) -> None:
         """End what would never end by itself: listens, sessions' own streams, calls that wait for a retry."""
         for listen in self.modern.listens:
             listen.stop("Atrax is stopping")
         parking = self.modern.parking
-        for parked in tuple(parking.calls.values()):
-            if parked.stage is _Stage.PARKED:
-                parking.expire(parked, "Atrax is stopping")
+        for parked in parking.parked:
+            parking.expire(parked, "Atrax is stopping")
         for session in self.legacy.sessions.values():
             if session.listening is not None:
                 session.listening.close()
@@ -6637,11 +6743,11 @@ class Clients:
 
     def close(self) -> None:
         """End everything. Calls in flight are answered or cancelled, sessions are gone."""
-        self._stop("Atrax is stopping")
+        self._stop("Atrax is stopping", lambda owner: True)
 
-    def _stop(self, why: str, principal: str | None = None) -> None:
-        self.modern.stop(why, principal)
-        self.legacy.stop(why, principal)
+    def _stop(self, why: str, fallen: _Fallen) -> None:
+        self.modern.stop(why, fallen)
+        self.legacy.stop(why, fallen)
 
 
 # ==== Catalogue ===================================================================
@@ -13697,6 +13803,7 @@ class Atrax:
             loop.call_later,
             check_request,
             check_answer,
+            stands=lambda owner, now: self.identity.stands(owner, now),  # the one of that moment
         )
         self.identity = Identity(config, record=self.record)
         self.gateway.step_up = lambda *refused: self.identity.step_up(*refused)
@@ -13774,6 +13881,7 @@ class Atrax:
             return
         changed = ["auth"] if config.auth != self.config.auth else []
         self.config, self.identity = config, identity
+        self._step(self.clients.review)
         if context is not None:
             self.http.renew(context)
             changed.append("tls")

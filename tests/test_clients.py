@@ -148,6 +148,7 @@ class Stand:
         self.time = 100.0
         self.timers: list[tuple[float, Callable[[], None]]] = []
         self.gone: list[Any] = []
+        self.fallen: set[str] = set()  # principals that a reload took away
         self.limits = Limits(sessions=3, parked=2)
         self.scope = atrax.EVERYTHING  # what comes with each request
         self.clients = Clients(
@@ -156,6 +157,7 @@ class Stand:
             atrax.check_request,
             atrax.check_answer,
             lambda: 1e9 + self.time,
+            lambda owner, now: owner.principal not in self.fallen and owner.expires > now,
         )  # fmt: skip
 
     def open(self, call: Call, sink: Any) -> Opened:
@@ -937,7 +939,8 @@ def test_a_principal_that_is_dropped_loses_what_it_has_open(stand: Stand) -> Non
     told = stand.tool(who="ann")
     listen = stand.modern("subscriptions/listen", {"notifications": {}}, who="ann")
     session = stand.session(who="ann")
-    stand.clients.drop("ann")
+    stand.fallen.add("ann")
+    stand.clients.review()
     assert told.ended and listen.ended and len(opened.cancelled) == 1
     assert stand.legacy(rpc("ping"), session, who="ann").status == 404
 
@@ -1822,7 +1825,9 @@ class Chaos:
 
     def drop(self, n: int) -> None:
         if n % 3 == 0:
-            self.stand.clients.drop("anonymous")
+            self.stand.fallen = {"anonymous"}
+            self.stand.clients.review()
+            self.stand.fallen = set()
 
     def check(self) -> None:
         for told in self.replies:
