@@ -323,6 +323,25 @@ PROMISES: Final = {
         "Security events have stable names, are counted from 0 on, and cannot fill the log.",
         "issue 6, item 6; SECURITY",
     ),
+    "reload.takes_over": Promise(
+        "SIGHUP takes over tokens; a wrong config changes nothing; what needs a restart is named.",
+        "DESIGN, Commands; issue 6, item 2",
+    ),
+    "reload.ends": Promise(
+        "What belongs to a token that is gone or may do less ends at the reload, and nothing else.",
+        "DESIGN, Who may what",
+    ),
+    "reload.secrets": Promise(
+        "Secrets of a reloaded config are redacted too.", "DESIGN, Safe by default"
+    ),
+    "expiry.ends": Promise(
+        "Streams, sessions and parked calls end when their token expires; a newer one prolongs a session.",
+        "DESIGN, Who may what",
+    ),
+    "limits.per_principal": Promise(
+        "Rates and calls in flight are counted by principal; past them 429 with Retry-After, in both eras.",
+        "DESIGN, HTTP; issue 6, item 2",
+    ),
     "request.id": Promise(
         "Each request has an id, which its answer and its events carry.", "issue 6, item 6"
     ),

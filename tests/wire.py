@@ -527,6 +527,7 @@ class OldSse:
         self.ear = stream.ear = listener("2024-11-05")
         self.messages: dict[Json, asyncio.Future[Json]] = {}
         self.notices: list[Json] = []
+        self.headers: dict[str, str] = {}
         self.initialized: Json = None
         self._ids = itertools.count(1)
         self._target: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -544,6 +545,7 @@ class OldSse:
         http = Http(url)
         due = {"Accept": "text/event-stream", **(headers or {})}
         self = cls(await http.request("GET", urlsplit(url).path, due), http, answers or {})
+        self.headers = dict(headers or {})
         info = {"name": "wire", "version": "1"}
         params = {
             "protocolVersion": "2024-11-05",
@@ -569,7 +571,7 @@ class OldSse:
                 self.notices.append(message)
 
     async def post(self, message: Json) -> int:
-        due = {"Content-Type": "application/json"}
+        due = {"Content-Type": "application/json", **self.headers}
         self.ear.sent(message)
         target = urlsplit(await self._target)._replace(scheme="", netloc="").geturl()
         exchange = await self.http.request("POST", target, due, json.dumps(message).encode())
