@@ -2963,6 +2963,10 @@ def _head(status: int, headers: tuple[tuple[str, str], ...], last: bool) -> byte
     """Status line and headers, without what depends on the body; most answers begin alike."""
     # nosniff: a browser must not take JSON for a page. No Server, no version: nobody needs them.
     text = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nX-Content-Type-Options: nosniff\r\n"
+    # A foreign page must not draw an answer into its process either, where Spectre could read it.
+    text += "Cross-Origin-Resource-Policy: same-origin\r\n"
+    if all(name != "Cache-Control" for name, _ in headers):
+        text += "Cache-Control: no-store\r\n"  # a 404 or 405 may be kept else (RFC 9110, 15.1)
     for name, value in headers:
         # It would be a header, or a whole response, of somebody else's making.
         if "\r" in value or "\n" in value:
@@ -13704,7 +13708,7 @@ class Endpoints:
         status, content_type, body = self._pages[request.path](scope)
         if owner is None:
             body = encode({"status": json.loads(body)["status"]})
-        reply.full(status, [("Content-Type", content_type), ("Cache-Control", "no-store")], body)
+        reply.full(status, [("Content-Type", content_type)], body)
 
     def _health(self, scope: Scope) -> tuple[int, str, bytes]:
         return 200, "application/json", encode({"status": "ok"})

@@ -13,6 +13,11 @@ from hostile.row import SMUGGLED, Row, get
 from promises import promise
 
 LIMIT = 20.0  # seconds
+SAFE = {  # headers of every answer
+    "x-content-type-options": "nosniff",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+}
 HEALTH = get(b"Host: a", b"Connection: close", target=b"/health")
 
 
@@ -51,8 +56,8 @@ async def wrong(running: Running, row: Row, exactly: bool) -> str:
         )
     if not fits:
         return f"{row.id}: {statuses} and not {row.statuses}: {answers[-1:]}"
-    if unsafe := [headers for _, headers, _ in answers if "x-content-type-options" not in headers]:
-        return f"{row.id}: answered without nosniff: {unsafe}"
+    if unsafe := [headers for _, headers, _ in answers if not headers.items() >= SAFE.items()]:
+        return f"{row.id}: answered without {SAFE}: {unsafe}"
     silent = [answer for answer in answers if answer[0] >= 400 and b'"message"' not in answer[2]]
     if silent and not row.data.startswith(b"HEAD"):
         return f"{row.id}: refused without a reason: {silent}"
