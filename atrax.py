@@ -70,6 +70,7 @@ import sys
 import threading
 import time
 import traceback
+import unicodedata
 import urllib.parse
 import warnings
 import zipimport
@@ -624,7 +625,6 @@ EMBEDDED: Final = ("files", "notes")  # what `"command": "bundled:NAME"` may nam
 # ignored is worse than none, so each is refused by name until its feature lands and its row leaves.
 UNENFORCED: Final = frozenset({
     "replicas", "name",
-    "mcpServers.*.pin", "mcpServers.*.clean",
 })  # fmt: skip
 
 # What desktop clients keep beside the servers in the same file, and per server. No use here.
@@ -1044,6 +1044,8 @@ class ServerConfig(_Options):
         None, "what the kernel lets it do; `{}`: next to nothing", shown="not sandboxed"
     )
     repeat: bool = _option(True, "repeat what a dead child left, where its annotations allow it")
+    pin: bool = _option(False, "only tools whose definition is in the lock (`pin`) are exposed")
+    clean: bool = _option(False, "hidden characters and HTML comments are cut from definitions")
 
     @field_validator("command")
     @classmethod
@@ -1157,6 +1159,7 @@ class Config(_Options):
     # Not written by the user: what reading found.
     remarks: SkipJsonSchema[list[str]] = Field(default_factory=list, exclude=True)
     secrets: SkipJsonSchema[set[str]] = Field(default_factory=set, exclude=True, repr=False)
+    path: SkipJsonSchema[str] = Field(default="", exclude=True)  # the file; "" for JSON text
 
     @classmethod
     def load(
@@ -1174,7 +1177,13 @@ class Config(_Options):
             return _ConfigReader("config", os.getcwd(), environ, overrides or {}).read(source)
         name = os.fspath(source)
         folder = os.path.dirname(os.path.abspath(name))
-        return _ConfigReader(name, folder, environ, overrides or {}).read(_config_text(name))
+        config = _ConfigReader(name, folder, environ, overrides or {}).read(_config_text(name))
+        return config.model_copy(update={"path": name})
+
+    @property
+    def lock(self) -> str:
+        """Where the approved tool definitions are kept: `config.lock.json` for `config.json`."""
+        return self.path.removesuffix(".json") + ".lock.json" if self.path else ""
 
 
 # ---- Reading ----
@@ -1498,7 +1507,7 @@ class _ConfigReader:
     # ---- the models ----
 
     def validated(self, raw: dict[str, Json]) -> Config | None:
-        for key in {"remarks", "secrets"} & set(raw):
+        for key in {"remarks", "secrets", "path"} & set(raw):
             self.unknown((key,))  # a field of the model, but no key of the file
             del raw[key]
         try:
@@ -1736,6 +1745,9 @@ ALARMS: Final = {
     "sandbox.limit": "a sandboxed server is at a limit: `memory`, `processes` or `files`",
     "sandbox.killed": "the kernel ended a sandboxed server for what it tried, or it crashed with `memory` limited",
     "sandbox.open": "a sandbox with `best_effort` that this system cannot keep whole",
+    "operation.refused": "who may not operate servers tried to approve tools",
+    "pin.changed": "a server changed a tool after it was approved, or has a new one: hidden by its `pin`",
+    "definition.hidden_text": "a tool, prompt, resource or its server's instructions hold hidden text",
     "audit.failed": "the audit file cannot be written; how many lines are lost so far",
     "reload.failed": "SIGHUP found a config that is wrong; nothing was changed",
 }
@@ -2403,6 +2415,7 @@ class Offer:
     instructions: str
     version: str  # protocol version spoken with it
     era: str  # "modern" or "legacy": shown in /status, decided upon by nobody
+    warning: str = ""  # what is wrong with its instructions
 
 
 def own_error(code: int, message: str, reason: str, server: str = "", **more: Json) -> Error:
@@ -4044,6 +4057,8 @@ class Identity:
         self._type = config.auth.type
         # What clients call this gateway, without the path of an endpoint; else Host says it.
         self._base = (config.public_url or "").rstrip("/").removesuffix("/mcp")
+        # Whoever reaches the port may call, and nobody was asked for a proof (`operate`).
+        self._unproved = not config.asks_who and not config.trusted_proxies
         # Made once, so that what others keep by owner or scope is found again.
         self._tokens = {
             token.digest: Owner(
@@ -4267,6 +4282,21 @@ class Identity:
             return ""
         resource = request.path if _RESOURCE.fullmatch(request.path) else ""
         return self._called(request) + _WELL_KNOWN + resource
+
+    def operate(self, request: HttpRequest, owner: Owner) -> None:
+        """Raises HttpError 403 unless `owner` may change how servers run (DESIGN, HTTP).
+
+        Without auth it must sit at this machine: no proxy, which would bring anybody here."""
+        host = _without_port(request.headers.get("host", "").lower())
+        local = is_loopback(request.address) and _LOOPBACK.fullmatch(host) is not None
+        passed_on = any(
+            name in ("forwarded", "via") or name.startswith("x-forwarded-")
+            for name in request.headers
+        )
+        if owner.admin or (self._unproved and local and not passed_on):
+            return
+        text = "this needs a token with `admin`; without auth, a client on this machine, no proxy"
+        raise HttpError(403, text, event="operation.refused", principal=owner.principal)
 
     def cors(self, request: HttpRequest) -> list[tuple[str, str]]:
         """What a response needs so that a page at an allowed origin can read it. After `check`."""
@@ -6803,6 +6833,19 @@ _MOST_LINKS: Final = 1_000  # resource links of one owner that are remembered (D
 _MOST_LINKS_IN_ALL: Final = 100_000
 _MOST_VIEWS: Final = 100  # scopes for which one list is kept; past it they are made again
 _LONGEST_LINK: Final = 2_048  # characters
+_NOTHING_ODD: Final[dict[str, Json]] = {"hidden": [], "warnings": []}  # of a disabled server
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unapproved:
+    """A tool that a pin hides: the digest of its definition, and what differs from the approved one.
+
+    `changes`: the path of a `member`, and what it `was` and `is`, as texts that are cut where long
+    and show what is hidden; either may be missing."""
+
+    digest: str
+    new: bool  # no tool of that name was approved
+    changes: list[dict[str, str]]
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -6814,10 +6857,15 @@ class Entry:
     own: str  # its name, uri or uriTemplate at the server
     name: str  # on /mcp: renamed, with prefix
     local: str  # on the server's own endpoint: renamed, without prefix
-    item: dict[str, Json]  # the server's definition, unchanged
+    item: dict[str, Json]  # the server's definition; Policy may have cut hidden text from it
     source: bytes = b""  # `item` as JSON
+    sent: bytes = b""  # the same before anything was cut
     description: str | None = None  # what replaces the server's own, from tools.describe
-    validator: object = None  # a slot for Policy
+    # Slots for Policy: the schema, what is to be warned of, and why a pin hides it.
+    validator: object = None
+    warnings: list[str] = dataclasses.field(default_factory=list)
+    unapproved: Unapproved | None = None
+    alike: str = ""  # another server, to whose prefix its name would belong
     _forms: dict[tuple[bool, bool], bytes] = dataclasses.field(default_factory=dict)
     _matches: Callable[[str], bool] | None = None
 
@@ -6845,7 +6893,7 @@ class Entry:
     def looks_like(self, other: Entry) -> bool:
         """Whether clients see the same of both."""
         # Bytes, not dicts: to Python {"minimum": 1} equals {"minimum": true}.
-        same = self.source == other.source and self.description == other.description
+        same = self.sent == other.sent and self.description == other.description
         return same and (self.name, self.local) == (other.name, other.local)
 
     def matches(self, uri: str) -> bool:
@@ -6892,6 +6940,15 @@ class _Hidden:
     own: str
     reason: str
     wanted: bool = False  # the config says so: shown in /status, but nothing to warn of
+    digest: str = ""  # where a pin hides it
+    entry: Entry | None = dataclasses.field(default=None, compare=False, repr=False)  # there too
+
+    def shown(self, kind: Kind) -> dict[str, Json]:
+        """As /status has it."""
+        shown: dict[str, Json] = {"kind": kind.value, "name": self.own, "reason": self.reason}
+        if self.entry is not None and self.entry.unapproved is not None:
+            shown |= {"digest": self.digest, "changes": self.entry.unapproved.changes}
+        return shown
 
 
 @dataclasses.dataclass(slots=True)
@@ -6901,6 +6958,7 @@ class _Source:
     name: str
     config: ServerConfig
     prefix: str  # with the separator
+    others: tuple[tuple[str, str], ...] = ()  # prefix and name of servers whose names may look ours
     stocks: dict[Kind, _Stock] = dataclasses.field(default_factory=dict)
     offer: Offer | None = None  # None until it was ready once
     down: bool = False  # no process is left, or the first start failed
@@ -6914,7 +6972,12 @@ class _Stock:
     kind: Kind
     entries: dict[str, Entry] = dataclasses.field(default_factory=dict)  # by local name
     hidden: list[_Hidden] = dataclasses.field(default_factory=list)
+    withheld: dict[str, _Hidden] = dataclasses.field(
+        default_factory=dict
+    )  # by a pin; by local name
+    raw: list[Json] = dataclasses.field(default_factory=list)  # as its server sent it
     told: frozenset[_Hidden] = frozenset()  # what the log has already
+    told_alike: frozenset[tuple[str, str]] = frozenset()  # likewise
     read: bool = False  # it was read once, or the server does not declare it
     declared: bool = False
     silent: bool = False  # the server announces no changes of this list
@@ -7171,7 +7234,7 @@ _SETTLED: Final = _OwnCall()
 class Catalogue:
     """What all enabled servers offer. Implements the verbs `up`, `down` and `changed` of Shelf.
 
-    `check` is Policy's verdict on a tool's definition: a reason hides the tool. `later` puts off
+    `check` is Policy's verdict on a definition: a reason hides the item. `later` puts off
     what would take too long in one turn of the loop. `watch` holds callbacks (kind, endpoint,
     changed) for each list that changed; endpoint "" is /mcp, and `changed` tells of a scope whether
     it sees anything of that."""
@@ -7199,6 +7262,12 @@ class Catalogue:
                 prefix = server.prefix + config.separator if server.prefix else ""
                 source = self._sources[name] = _Source(name, server, prefix)
                 source.stocks = {kind: _Stock(source, kind) for kind in Kind}
+        for source in self._sources.values():
+            # A name belongs to the longest prefix that it begins with (Scope says so too).
+            longer = (one for one in self._sources.values() if len(one.prefix) > len(source.prefix))
+            source.others = tuple((one.prefix, one.name) for one in longer)
+        # By name on /mcp: what was approved, has changed, and is hidden until it is approved again.
+        self._reserved: dict[Kind, dict[str, Entry]] = {kind: {} for kind in Kind}
         # What an endpoint is made of, and shows.
         self._at = {name: [source] for name, source in self._sources.items()}
         self._at[_MCP] = list(self._sources.values())
@@ -7282,6 +7351,8 @@ class Catalogue:
         entry = self.known(kind, endpoint, name, owner)
         if entry is not None:
             return entry
+        if kind is Kind.TOOLS and (held := self._withheld(endpoint, name, owner.scope)) is not None:
+            return _unapproved(held)
         unread = self._unread(kind, endpoint, name, owner.scope)
         if not unread:
             there = endpoint == _MCP or self._seen(endpoint, owner.scope)
@@ -7316,6 +7387,16 @@ class Catalogue:
         if entry is None and kind is Kind.RESOURCES:
             return self._covered(endpoint, name, owner)
         return entry or self._unlisted(kind, endpoint, name, owner.scope)
+
+    def _withheld(self, endpoint: str, name: str, scope: Scope) -> Entry | None:
+        """The tool of that name which a pin hides, if `scope` allows it."""
+        for source in self._at.get(endpoint, ()):
+            if endpoint or name.startswith(source.prefix):
+                local = name if endpoint else name[len(source.prefix) :]
+                held = source.stocks[Kind.TOOLS].withheld.get(local)
+                if held and held.entry and scope.tool(source.name, held.entry.name):
+                    return held.entry
+        return None
 
     def _covered(self, endpoint: str, uri: str, owner: Owner) -> Entry | None:
         """Who answers for a URI that no list names: in the order of DESIGN, Resource URIs."""
@@ -7484,7 +7565,7 @@ class Catalogue:
         hidden and why, and `error`: why a list cannot be read."""
         nothing = {kind.value: 0 for kind in Kind}
         counts: dict[str, dict[str, Json]] = {
-            name: {**nothing, "settled": True, **({"hidden": []} if scope.all_of(name) else {})}
+            name: {**nothing, "settled": True, **(_NOTHING_ODD if scope.all_of(name) else {})}
             for name in self._disabled
             if scope.sees(name)
         }
@@ -7497,12 +7578,13 @@ class Catalogue:
             }
             if scope.all_of(name):
                 hidden = [
-                    {"kind": stock.kind.value, "name": one.own, "reason": one.reason}
-                    for stock in stocks
-                    for one in self._hidden(stock, scope)
+                    (stock.kind, one) for stock in stocks for one in self._hidden(stock, scope)
                 ]
-                error = next((stock.error for stock in stocks if stock.error), None)
-                counts[name] |= {"hidden": hidden[:_MOST_HIDDEN], "error": error}
+                counts[name] |= {
+                    "hidden": [one.shown(kind) for kind, one in hidden[:_MOST_HIDDEN]],
+                    "warnings": self._warnings(source, scope)[:_MOST_HIDDEN],
+                    "error": next((stock.error for stock in stocks if stock.error), None),
+                }
         return counts
 
     def offers(self) -> dict[str, dict[str, list[str]]]:
@@ -7514,6 +7596,34 @@ class Catalogue:
             }
             for name, source in self._sources.items()
         }
+
+    # ---- pins ----
+
+    def definitions(self, server: str) -> dict[str, dict[str, Json]] | None:
+        """What a pinned server lists of tools that its rules let through, hidden ones too, as it sent
+        them; None while its list could not be read."""
+        stock = self._sources[server].stocks[Kind.TOOLS]
+        if not stock.read or stock.error or stock.source.down:
+            return None
+        sent = {item["name"]: item for item in reversed(stock.raw) if _has_name(item)}
+        rules = stock.source.config.tools
+        return {own: item for own, item in sent.items() if not _ruled_out(rules, own)}
+
+    def unapproved(self, server: str) -> dict[str, Entry]:
+        """The tools of `server` that a pin hides, by its own names."""
+        held = self._sources[server].stocks[Kind.TOOLS].withheld.values()
+        return {one.own: one.entry for one in held if one.entry is not None}
+
+    def review(self, server: str) -> None:
+        """Judge the tools of `server` again, as it last listed them: what is approved has changed."""
+        stock = self._sources[server].stocks[Kind.TOOLS]
+        if stock.reading is not None:  # it may have judged some of them already
+            stock.stop()
+            stock.due = self._clock()
+        if stock.read and stock.declared:
+            again = _Reading(stock, self._ended)
+            again.items, again.ttl_ms, stock.reading = stock.raw, stock.ttl_ms, again
+            self._work(again, self._sort(stock, again.items, anew=True))
 
     # ---- reading ----
 
@@ -7551,23 +7661,35 @@ class Catalogue:
         stock.ttl_ms = _FRESH_MS if reading.ttl_ms is None else reading.ttl_ms
         self._moved()
 
-    def _sort(self, stock: _Stock, raw: list[Json]) -> Iterator[None]:
-        """Make `raw` the server's list, and show it where it is visible; yields after each item."""
-        known = {entry.own: entry for entry in stock.entries.values()}
+    def _sort(self, stock: _Stock, raw: list[Json], anew: bool = False) -> Iterator[None]:
+        """Make `raw` the server's list, and show it where it is visible; yields after each item.
+
+        `anew`: what looks as it did is judged again too."""
+        known: dict[str, Entry | _Hidden] = {one.own: one for one in stock.withheld.values()}
+        known |= {entry.own: entry for entry in stock.entries.values()}
         entries: dict[str, Entry] = {}  # the first keeps the name
         hidden: list[_Hidden] = []
+        withheld: dict[str, _Hidden] = {}
         for item in raw:
-            one = self._judge(stock, item, entries, known)
+            one = self._judge(stock, item, entries, known, anew)
             if isinstance(one, Entry):
                 entries[one.local] = one
             else:
                 hidden.append(one)
+                if one.entry is not None:
+                    withheld.setdefault(one.entry.local, one)
             yield
-        stock.read, stock.entries, stock.hidden = True, entries, hidden
+        stock.read, stock.entries, stock.hidden, stock.withheld = True, entries, hidden, withheld
+        stock.raw = raw if stock.source.config.pin else []
         self._show(stock)
 
     def _judge(
-        self, stock: _Stock, item: Json, taken: Mapping[str, Entry], known: Mapping[str, Entry]
+        self,
+        stock: _Stock,
+        item: Json,
+        taken: Mapping[str, Entry],
+        known: Mapping[str, Entry | _Hidden],
+        anew: bool,
     ) -> Entry | _Hidden:
         """`item` as it is shown, or why nobody can see it. `known`: what was seen until now."""
         source, key = stock.source, _URI_MEMBERS.get(stock.kind, "name")
@@ -7581,17 +7703,25 @@ class Catalogue:
             return _Hidden(own, rule, wanted=True)
         entry = self._entry(stock, own, item)
         if first := taken.get(entry.local):
-            same = f'its name "{entry.local[:120]}" is taken by "{first.own[:120]}"'
-            return _Hidden(own, "listed twice; the first one counts" if first.own == own else same)
+            taken_by = f'its name "{entry.local[:120]}" is taken by "{first.own[:120]}"'
+            twice = "listed twice; the first one counts"
+            return _Hidden(own, twice if first.own == own else taken_by)
         before = known.get(own)
-        if before is not None and before.looks_like(entry):
+        seen = before.entry if isinstance(before, _Hidden) else before
+        same = seen is not None and seen.looks_like(entry)
+        if before is not None and same and not anew:
             return before
-        reason = self._check(entry) if stock.kind is Kind.TOOLS else ""
-        return _Hidden(own, reason) if reason else entry
+        reason = self._check(entry)
+        if entry.unapproved is not None:
+            return _Hidden(own, reason, digest=entry.unapproved.digest, entry=entry)
+        if reason:
+            return _Hidden(own, reason)
+        return before if same and isinstance(before, Entry) else entry
 
     def _entry(self, stock: _Stock, own: str, item: dict[str, Json]) -> Entry:
         source, kind = stock.source, stock.kind
-        entry = Entry(kind, source.name, own, own, own, item, encode(item))
+        source_text = encode(item)
+        entry = Entry(kind, source.name, own, own, own, item, source_text, source_text)
         if kind in _URI_MEMBERS:
             return entry
         if kind is Kind.TOOLS:
@@ -7602,6 +7732,9 @@ class Catalogue:
             )
             entry.description = rules.describe.get(own, next(globs, None))
         entry.name = source.prefix + entry.local
+        if source.others and entry.name.startswith(tuple(prefix for prefix, _ in source.others)):
+            belongs = max(one for one in source.others if entry.name.startswith(one[0]))
+            entry.alike = belongs[1]
         return entry
 
     def _say(self, stock: _Stock, level: str, text: str) -> None:
@@ -7611,23 +7744,51 @@ class Catalogue:
         # One line, however many: a server decides how long its list is, not how long the log.
         hidden = self._hidden(stock)
         new = [one for one in hidden if not one.wanted and one not in stock.told]
-        stock.told = frozenset(hidden)
+        # A change that a pin hides is told once, even if its server takes it back and does it again.
+        pinned = [one for one in stock.told if one.digest][:_MOST_HIDDEN]
+        stock.told = frozenset((*hidden, *pinned))
+        for event, of_pins in (("catalogue.hidden", False), ("pin.changed", True)):
+            if some := [one for one in new if bool(one.digest) is of_pins]:
+                first = f"{some[0].own[:80]}: {some[0].reason}"
+                more = f", and {len(some) - 1} more; /status lists them" if len(some) > 1 else ""
+                text, name = f"its {stock.kind.value} hide {first}{more}", stock.source.name
+                if of_pins:
+                    self._record.alarm(event, text, server=name)
+                else:
+                    self._record.emit(event, "warning", server=name, message=text)
+
+    def _say_alike(self, stock: _Stock) -> None:
+        new = [pair for pair in self._alike(stock) if pair not in stock.told_alike]
         if new:
-            first = f"{new[0].own[:80]}: {new[0].reason}"
+            stock.told_alike = frozenset(self._alike(stock))
             more = f", and {len(new) - 1} more; /status lists them" if len(new) > 1 else ""
-            text = f"its {stock.kind.value} hide {first}{more}"
-            self._record.emit("catalogue.hidden", "warning", server=stock.source.name, message=text)
+            text = f"{new[0][0][:80]}: {new[0][1]}{more}"
+            name = stock.source.name
+            self._record.emit("catalogue.lookalike", "warning", server=name, message=text)
 
     # ---- showing ----
 
     def _show(self, stock: _Stock) -> None:
         """Make the listings of both endpoints anew, and tell where the visible one has changed."""
         kind, changed = stock.kind, []
-        if self._listings[stock.source.name][kind].entries == list(stock.entries.values()):
+        same = self._listings[stock.source.name][kind].entries == list(stock.entries.values())
+        if same and not stock.source.config.pin:  # a pin may reserve names, or free them
             self._say_hidden(stock)
             return
         stocks = [source.stocks[kind] for source in self._sources.values()]
-        merged = [entry for one in stocks for entry in one.entries.values()]
+        # Who changes an approved tool must not thereby hand its name to another server.
+        reserved: dict[str, tuple[int, Entry]] = {}
+        for place, one in enumerate(stocks):
+            for held in one.withheld.values():
+                if held.entry and held.entry.unapproved and not held.entry.unapproved.new:
+                    reserved.setdefault(held.entry.name, (place, held.entry))
+        self._reserved[kind] = {name: entry for name, (_, entry) in reserved.items()}
+        merged = [
+            entry
+            for place, one in enumerate(stocks)
+            for entry in one.entries.values()
+            if not (reserved and place > reserved.get(entry.name, (place, entry))[0])
+        ]
         for endpoint, offered in ((stock.source.name, stock.entries.values()), (_MCP, merged)):
             old, listing = self._listings[endpoint][kind], _Listing(kind, bool(endpoint), offered)
             if listing.offered != old.offered:
@@ -7635,21 +7796,56 @@ class Catalogue:
                 changed.append((endpoint, old, listing))
         for one in stocks:
             self._say_hidden(one)
+            self._say_alike(one)
         for endpoint, old, listing in changed:
             self._tell(kind, endpoint, old, listing)
 
     def _hidden(self, stock: _Stock, scope: Scope = EVERYTHING) -> list[_Hidden]:
-        """What of a list nobody sees, and what lost its name on /mcp to an earlier server.
+        """What of a list nobody sees, and what lost its name on /mcp to an earlier server."""
+        return [*stock.hidden, *self._lost(stock, scope)]
 
-        Who must not see that server is not told its name."""
-        merged = self._listings[_MCP][stock.kind].table
-        lost = [
-            _Hidden(entry.own, f'on /mcp "{entry.name[:120]}" is of {named}')
+    def _lost(self, stock: _Stock, scope: Scope) -> list[_Hidden]:
+        """What has its name on /mcp no more. Who must not see the server that has it is not told."""
+        merged, reserved = self._listings[_MCP][stock.kind].table, self._reserved[stock.kind]
+        return [
+            _Hidden(entry.own, f'on /mcp "{entry.name[:120]}" is of {_whose(first, scope)}')
             for entry in stock.entries.values()
-            if (first := merged.get(entry.name, entry)) is not entry
-            for named in [f'"{first.server}"' if scope.sees(first.server) else "another server"]
+            if (first := merged.get(entry.name) or reserved.get(entry.name, entry)) is not entry
         ]
-        return [*stock.hidden, *lost]
+
+    def _alike(self, stock: _Stock, scope: Scope = EVERYTHING) -> list[tuple[str, str]]:
+        """Tools that a model or a person can take for another server's, by own name, and why."""
+        if stock.kind is not Kind.TOOLS:
+            return []
+        alike = [
+            (entry.own, f'"{entry.name[:120]}" looks like a tool of "{entry.alike}"')
+            for entry in stock.entries.values()
+            if entry.alike and scope.sees(entry.alike)
+        ]
+        if stock.source.prefix:
+            return alike
+        # Bare names can be anything.
+        table, own = self._listings[_MCP][Kind.TOOLS].table, stock.source.name
+        shown = {_folded(name): one for name, one in table.items() if one.server != own}
+        for entry in stock.entries.values():
+            other = shown.get(_folded(entry.name), entry)
+            if other.name != entry.name and not entry.alike and scope.sees(other.server):
+                text = f'"{entry.name[:120]}" looks like "{other.name[:120]}" of "{other.server}"'
+                alike.append((entry.own, text))
+        return alike
+
+    def _warnings(self, source: _Source, scope: Scope) -> list[dict[str, Json]]:
+        """What is shown and yet suspicious, or taken by another server."""
+        found: list[tuple[str, str, str]] = []
+        if source.offer is not None and source.offer.warning:
+            found.append(("instructions", "", source.offer.warning))
+        for kind, stock in source.stocks.items():
+            shown = stock.entries.values()
+            pairs = [(one.own, text) for one in shown for text in one.warnings]
+            pairs += self._alike(stock, scope)
+            pairs += [(one.own, one.reason) for one in self._lost(stock, scope)]
+            found += [(kind.value, own, text) for own, text in pairs]
+        return [{"kind": kind, "name": own, "warning": text} for kind, own, text in found]
 
     def _tell(self, kind: Kind, endpoint: str, old: _Listing, new: _Listing) -> None:
         # Kept for this once: thousands may listen, with few scopes among them.
@@ -7704,6 +7900,27 @@ def _ruled_out(rules: ToolRules, own: str) -> str:
         return "not in tools.allow"
     denied = next((glob for glob in rules.deny if fnmatch.fnmatchcase(own, glob)), None)
     return "" if denied is None else f'denied by tools.deny "{denied}"'
+
+
+def _has_name(item: Json) -> bool:
+    return isinstance(item, dict) and isinstance(item.get("name"), str) and item["name"] != ""
+
+
+@functools.lru_cache(maxsize=10_000)
+def _folded(name: str) -> str:
+    """`name` without what the eye passes over: case, punctuation, full-width and the like."""
+    return re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", name).casefold())
+
+
+def _whose(entry: Entry, scope: Scope) -> str:
+    return f'"{entry.server}"' if scope.sees(entry.server) else "another server"
+
+
+def _unapproved(entry: Entry) -> Error:
+    """1012, to who could call the tool if it were approved."""
+    how = "is new" if entry.unapproved and entry.unapproved.new else "was changed"
+    text = f'the tool "{entry.own[:120]}" {how} since the tools of "{entry.server}" were approved'
+    return own_error(NOT_ALLOWED, f"{text}; it is hidden until it is too", "pin", entry.server)
 
 
 def _unknown(kind: Kind, name: str) -> Error:
@@ -9396,6 +9613,366 @@ def _mirrors(text: str, value: Json) -> bool:
     return fractions.Fraction(text) == fractions.Fraction(value)
 
 
+# ---- Hidden text ----
+# What a model reads in a definition and a person who looks at it does not see. What is cut leaves
+# nothing behind but a space for a comment, so that no new one can form from what stood around it.
+# A joiner stays behind a letter of the scripts that are misspelt without it (Persian, Hindi, …;
+# RFC 5892, A.1 and A.2) and between emoji, a selector behind what it selects a form of: those
+# change what a person sees. Tags go from flags too: the black one that remains is no great loss.
+
+_LARGEST: Final = 512 * 1024  # bytes of a definition that is looked through: 20 ms
+_MOST_NODES: Final = 20_000  # values in it: 15 ms
+_MOST_SPOTS: Final = 2_000  # hidden spots in it: 5 ms
+_MOST_WARNINGS: Final = 5  # of one definition
+_INVISIBLE: Final = (
+    r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f"
+    r"\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001d173-\U0001d17a"
+    r"\U000e0000-\U000e0fff"
+)
+# One class of characters: two thirds of what the kinds below would cost on text that has none.
+_MAYBE_HIDDEN: Final = re.compile(f"[{_INVISIBLE}\r]|<!--")
+_JOINED: Final = (  # Arabic and its neighbours, the scripts of India, Tibet, Myanmar, Cambodia, Mongolia
+    r"\u0600-\u061b\u061d-\u0fff\u1000-\u109f\u1780-\u17b3\u17b6-\u180d\u180f-\u18af\ua980-\ua9df"
+    r"\ua9e0-\ua9ff\uaa60-\uaa7f\uabc0-\uabff\ufb50-\ufdff\ufe70-\ufefc"
+)
+_EMOJI: Final = r"\u2190-\u21ff\u2600-\u27bf\u2b00-\u2bff\ufe0f\U0001f000-\U0001faff"
+_SELECTED: Final = r"#*0-9\xa9\xae\u203c-\u3299\U0001f000-\U0001faff"
+_IDEOGRAPH: Final = r"\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_HIDDEN_KINDS: Final = {  # group → how it is called
+    "ansi": "ANSI escape",
+    "tag": "tag characters",
+    "bidi": "bidirectional control",
+    "joiner": "zero-width joiner",
+    "selector": "variation selector",
+    "control": "control character",
+    "zero": "zero-width character",
+}
+_HIDDEN_TEXT: Final = re.compile(
+    r"(?P<ansi>(?:\x1b\[|\x9b)[0-?]*+[ -/]*+[@-~]|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])"
+    r"[^\x07\x1b\x9c]*+(?:\x07|\x1b\\|\x9c)|\x1b[ -/]*+[0-~]?)"
+    r"|(?P<tag>[\U000e0000-\U000e007f]+)"
+    r"|(?P<bidi>[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]+)"
+    rf"|(?P<joiner>(?!(?<=[{_JOINED}])[\u200c\u200d](?![\u200c\u200d]))"
+    rf"(?!(?<=[{_EMOJI}])\u200d[{_EMOJI}])[\u200c\u200d])"
+    rf"|(?P<selector>(?!(?<=[{_SELECTED}])[\ufe0e\ufe0f])"
+    rf"(?!(?<=[{_IDEOGRAPH}])[\ufe00-\ufe02\U000e0100-\U000e01ef])[\ufe00-\ufe0f\U000e0100-\U000e01ef])"
+    r"|(?P<control>[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n))"
+    r"|(?P<zero>(?![\r\ufe00-\ufe0f\U000e0100-\U000e01ef\u200c\u200d])"
+    rf"[{_INVISIBLE}])"
+)
+_COMMENT_END: Final = re.compile(r"--!?>")
+# Members whose texts are names: cut, they would name something else, so their item is hidden.
+_NAMING: Final = frozenset({"name", "uri", "uriTemplate", "enum", "const", "pattern", "required"})
+_QUOTED: Final = 120  # characters of a text that a warning shows
+
+
+def visible(text: str) -> str:
+    """`text` with what is hidden in it spelt out: `\\u200b`, a newline as `\\n`."""
+    return re.sub(rf"[{_INVISIBLE}\n\r]", lambda match: _spelt(match[0]), text)
+
+
+def _spelt(char: str) -> str:
+    known = {"\n": "\\n", "\r": "\\r"}.get(char)
+    return known or (f"\\u{ord(char):04x}" if ord(char) < 0x10000 else f"\\U{ord(char):08x}")
+
+
+class _Look:
+    """One look through a definition: `found` says what is hidden where, `value` gives it without.
+
+    `named`: where a name holds hidden text, "" if none does. Raises _Exhausted where it is too much."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        self.named = ""
+        self._nodes, self._spots = _MOST_NODES, _MOST_SPOTS
+
+    def value(self, value: Json, path: tuple[Json, ...] = (), name: bool = False) -> Json:
+        """`value` without hidden text. `path`: the way back to the root, as pairs; `name`: it names something."""
+        self._nodes -= 1
+        if self._nodes < 0:
+            raise _Exhausted
+        if isinstance(value, str):
+            return self.text(value, path, name)
+        if isinstance(value, list):
+            return [self.value(one, (path, index), name) for index, one in enumerate(value)]
+        if isinstance(value, dict):
+            return {
+                self.text(key, (path, key), True): self.value(
+                    one,
+                    (path, key),
+                    (key in _NAMING or key[:1] == "$") and not isinstance(one, dict),
+                )
+                for key, one in value.items()
+            }
+        return value
+
+    def text(self, text: str, path: tuple[Json, ...], name: bool) -> str:
+        """The same for one text, or the key at the end of `path`."""
+        maybe = _MAYBE_HIDDEN.search(text)
+        if maybe is None:
+            return text
+        kept = self._without_characters(text, maybe.start(), path)
+        if "<!--" in kept:
+            kept = self._without_comments(kept, path)
+        if name and kept != text:
+            self.named = self.named or _member(path)
+        return kept
+
+    def _without_characters(self, text: str, at: int, path: tuple[Json, ...]) -> str:
+        parts: list[str] = []
+        end = 0
+        for maybe in _MAYBE_HIDDEN.finditer(text, at):
+            match = _HIDDEN_TEXT.match(text, maybe.start()) if maybe.start() >= end else None
+            if match is not None:
+                self._spot(_HIDDEN_KINDS[match.lastgroup or ""], match[0], path)
+                parts.append(text[end : match.start()])
+                end = match.end()
+        return "".join((*parts, text[end:]))
+
+    def _without_comments(self, text: str, path: tuple[Json, ...]) -> str:
+        parts: list[str] = []
+        end = 0
+        while (start := text.find("<!--", end)) >= 0:
+            # An end right behind the beginning counts: "<!-->" (HTML, 13.2.5.43).
+            close = _COMMENT_END.search(text, start + 2)
+            if close is None:  # nothing is hidden once it does not begin
+                self._spot("HTML comment without an end", text[start:], path)
+                return "".join((*parts, text[end:].replace("<!--", " ")))
+            self._spot("HTML comment", text[start : close.end()], path)
+            parts += (text[end:start], " ")
+            end = close.end()
+        return "".join((*parts, text[end:]))
+
+    def _spot(self, kind: str, hidden: str, path: tuple[Json, ...]) -> None:
+        self._spots -= 1
+        if self._spots < 0:
+            raise _Exhausted
+        if len(self.found) < _MOST_WARNINGS:
+            shown = visible(hidden[:_QUOTED]) + "…" * (len(hidden) > _QUOTED)
+            if kind == _HIDDEN_KINDS["tag"]:  # a whole alphabet, shifted
+                shown = "".join(chr(ord(char) - 0xE0000) for char in hidden[:_QUOTED])
+                shown, kind = visible(shown), "tag characters that spell"
+            self.found.append(f"{_member(path)} hides text ({kind}: {shown})")
+
+
+def _member(path: tuple[Json, ...]) -> str:
+    parts: list[str | int] = []
+    while path:
+        path, part = path
+        parts.append(visible(part)[:80] if isinstance(part, str) else part)
+    return _dotted(reversed(parts))
+
+
+def _plain_json(data: bytes) -> bool:
+    """Whether JSON text, as orjson writes it, surely hides nothing: 0.5 us, and nearly always so."""
+    return data.isascii() and not any(mark in data for mark in _UNPLAIN)
+
+
+_UNPLAIN: Final = (b"\\u", b"\\b", b"\\f", b"\\r", b"\x7f", b"<!--")
+
+
+# ---- Pins ----
+# What was approved. The lock holds the digest of each definition, which decides, and the definition,
+# which shows what has changed; where it is large or holds a secret of the config, the digest alone.
+
+LOCK_SIZE: Final = 16 * MIB  # bytes; reading more would hold the loop
+_PIN_KEPT: Final = 64 * 1024  # bytes of a definition that the lock keeps
+_KEPT_IN_ALL: Final = 4 * MIB
+_LOCK_DEPTH: Final = 250  # a definition of limits.depth, and what stands around it
+_MOST_CHANGES: Final = 20  # that are shown
+_MOST_COMPARED: Final = 5_000  # values
+_SHOWN_CHANGE: Final = 400  # characters of a text
+_NOT_THERE: Final = object()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pin:
+    """One approved definition; None where only its digest was kept."""
+
+    digest: str
+    definition: Json = None
+
+
+Pinned: TypeAlias = "dict[str, dict[str, Pin]]"  # server → tool's own name → what was approved
+
+
+def digest_of(definition: Json) -> str:
+    """`sha256:…` of the JSON with sorted keys and without white space: what is the same, is equal."""
+    data = orjson.dumps(definition, option=orjson.OPT_SORT_KEYS)
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def read_lock(path: str) -> Pinned | None:
+    """The lock file `path`, None if there is none. Raises UsageError for one that cannot be believed."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(LOCK_SIZE + 1)
+        if len(data) > LOCK_SIZE:
+            raise UsageError(f"{path}: is larger than {LOCK_SIZE // MIB} MiB, so it is no lock")
+        servers = decode(data, _LOCK_DEPTH)["servers"]
+        return {
+            server: {own: _read_pin(path, server, own, pin) for own, pin in tools.items()}
+            for server, tools in servers.items()
+        }
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    except InvalidJson as error:
+        why = str(error)
+    except (KeyError, TypeError, AttributeError):
+        why = 'it has not the shape {"servers": {NAME: {TOOL: {"digest": …}}}}'
+    raise UsageError(f"{path}: {why}. Restore it, or remove it and run `pin` again")
+
+
+def _read_pin(path: str, server: str, own: str, pin: Json) -> Pin:
+    digest, definition = pin["digest"], pin.get("definition")
+    if not isinstance(digest, str):
+        raise TypeError
+    # Else somebody could show one text for approval and have another one approved.
+    if definition is not None and digest_of(definition) != digest:
+        raise UsageError(
+            f"{path}: servers.{server}.{visible(own)}: the digest is not that of the definition."
+            " Restore the file, or remove the entry and approve the tool again"
+        )
+    return Pin(digest, definition)
+
+
+def write_lock(path: str, pinned: Pinned) -> None:
+    """Replace the lock at once or not at all, sorted; mode and owner stay. Raises AtraxError."""
+    left = _KEPT_IN_ALL
+    servers: dict[str, dict[str, Json]] = {}
+    for server, tools in sorted(pinned.items()):
+        for own, pin in sorted(tools.items()):
+            entry: dict[str, Json] = {"digest": pin.digest}
+            size = 0 if pin.definition is None else len(encode(pin.definition))
+            if 0 < size <= min(left, _PIN_KEPT):
+                entry["definition"], left = pin.definition, left - size
+            servers.setdefault(server, {})[own] = entry
+    text = orjson.dumps({"servers": servers}, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
+    # Whoever reads the lock, or a diff of it, is to see what is hidden.
+    shown = re.sub(rf"[{_INVISIBLE}]", lambda match: json.dumps(match[0])[1:-1], text.decode())
+    data = shown.replace("\x7f", "\\u007f").encode() + b"\n"
+    if len(data) > LOCK_SIZE:
+        raise AtraxError(f"{path}: would be larger than {LOCK_SIZE // MIB} MiB: too many tools")
+    path = os.path.realpath(path)  # a link stays one
+    part = f"{path}.{os.getpid()}.{secrets.token_hex(4)}"
+    try:
+        file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with open(file, "wb") as out, contextlib.suppress(FileNotFoundError):
+                out.write(data)
+                old = os.stat(path)
+                os.chmod(part, stat.S_IMODE(old.st_mode))
+                with contextlib.suppress(PermissionError):
+                    os.chown(part, old.st_uid, old.st_gid)
+            os.replace(part, path)
+        except OSError:
+            os.unlink(part)
+            raise
+    except OSError as error:
+        raise AtraxError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def changes(was: Json, now: Json, redact: Callable[[Json], Json]) -> list[dict[str, str]]:
+    """What differs between two definitions, as Unapproved has it; `was` None: all of `now` but its name."""
+    found: list[dict[str, str]] = []
+    was = {"name": now["name"]} if was is None else was
+    work: list[tuple[tuple[Json, ...], Json, Json]] = [((), was, now)]
+    for _ in range(_MOST_COMPARED):
+        if not work or len(found) >= _MOST_CHANGES:
+            break
+        path, old, new = work.pop()
+        if (isinstance(old, dict) and isinstance(new, dict)) or (
+            isinstance(old, list) and isinstance(new, list)
+        ):
+            before, after = _parts(old), _parts(new)
+            keys = [*after, *(key for key in before if key not in after)][:_MOST_COMPARED]
+            work += [
+                ((path, key), before.get(key, _NOT_THERE), after.get(key, _NOT_THERE))
+                for key in reversed(keys)
+            ]
+        elif type(old) is not type(new) or old != new:
+            found.append({"member": _member(path), **_old_and_new(old, new, redact)})
+    if work:
+        found.append({"member": "…", "is": "and more"})
+    return found
+
+
+def _parts(value: Json) -> dict[Json, Json]:
+    return value if isinstance(value, dict) else dict(enumerate(value))
+
+
+def _old_and_new(old: Json, new: Json, redact: Callable[[Json], Json]) -> dict[str, str]:
+    """Both as texts: the part that differs, with a little around it."""
+    texts = {
+        key: redact(one if isinstance(one, str) else encode(one).decode())
+        for key, one in (("was", old), ("is", new))
+        if one is not _NOT_THERE
+    }
+    pairs = enumerate(zip(*texts.values(), strict=False)) if len(texts) == 2 else ()
+    same = next((at for at, (one, other) in pairs if one != other), 0)
+    start = max(0, same - 40)
+    return {
+        key: "…" * (start > 0)
+        + visible(text[start : start + _SHOWN_CHANGE])
+        + (f"… ({len(text):,} characters)" if len(text) > start + _SHOWN_CHANGE else "")
+        for key, text in texts.items()
+    }
+
+
+class Pins:
+    """The approved definitions of the servers that have `pin`. Raises UsageError for a bad lock."""
+
+    def __init__(self, config: Config) -> None:
+        self.path = config.lock
+        self.servers = [
+            name for name, one in config.servers.items() if one.pin and not one.disabled
+        ]
+        if self.servers and not self.path:
+            raise UsageError('config: "pin" needs a config in a file: the lock lies beside it')
+        self.hint = f"run: python atrax.pyz pin {config.path}"
+        self._pinned = read_lock(self.path) if self.servers else None
+
+    def read(self) -> Pinned | None:
+        """The lock as it is now; for a thread."""
+        return read_lock(self.path)
+
+    def adopt(self, pinned: Pinned | None) -> bool:
+        """From now on this is what is approved; whether anything else was so before."""
+        before, self._pinned = self._pinned, pinned
+        return before != pinned
+
+    def approve(self, server: str, tools: Mapping[str, Pin]) -> Pinned:
+        """Write the lock with these in it too, and give all of it; for a thread. Raises AtraxError.
+
+        The file is read again: `pin` may have written it since."""
+        pinned = self.read() or {}
+        pinned[server] = {**pinned.get(server, {}), **tools}
+        write_lock(self.path, pinned)
+        return pinned
+
+    def judge(self, entry: Entry, redact: Callable[[Json], Json]) -> str:
+        """Why a pin hides this tool, "" if none does. Leaves the rest in `entry.unapproved`."""
+        entry.unapproved = None
+        if entry.server not in self.servers:
+            return ""
+        digest = digest_of(entry.item)
+        pin = (self._pinned or {}).get(entry.server, {}).get(entry.own)
+        if pin is not None and pin.digest == digest:
+            return ""
+        found = changes(pin and pin.definition, entry.item, redact)
+        entry.unapproved = Unapproved(digest, pin is None, found)
+        if self._pinned is None:
+            return f"not approved: there is no {self.path}; {self.hint}"
+        if pin is None:
+            return f"not approved: it is new; {self.hint}"
+        if pin.definition is None:
+            return f"changed since it was approved; {self.hint}"
+        names = ", ".join(change["member"][:80] for change in found[:5])
+        return f"changed since it was approved ({names}); {self.hint}"
+
+
 # ---- Tools ----
 
 _WARNED: Final = 20  # tools of a server: it decides how many it has, not how long the log is
@@ -9404,16 +9981,95 @@ _WARNED: Final = 20  # tools of a server: it decides how many it has, not how lo
 class Policy:
     """Which definitions are shown, and which arguments reach their tool."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, config: Config | None = None) -> None:
+        config = Config() if config is None else config
         self._record = record
         self._warned: dict[str, set[str]] = {}  # server → tools
+        self._told: dict[str, set[str]] = {}  # server → what is hidden where
+        self._clean = frozenset(name for name, one in config.servers.items() if one.clean)
+        self.pins = Pins(config)
 
     def warm(self) -> None:
         """Import what the first definition needs (40 ms), before there is one."""
         _read_schema({"type": "object"})
 
     def definition(self, entry: Entry) -> str:
-        """Why this tool must be hidden, "" if it need not. Leaves the schema in `entry.validator`."""
+        """Why this item must be hidden, "" if it need not. Leaves its findings in the entry's slots.
+
+        1. its pin, on what the server sent; 2. hidden text, which `clean` cuts; 3. a tool's schemas,
+        as clients will see them."""
+        if entry.kind is Kind.TOOLS and (reason := self.pins.judge(entry, self._record.redact)):
+            return reason
+        reason = self._look_through(entry)
+        return reason or (self._schemas(entry) if entry.kind is Kind.TOOLS else "")
+
+    def pin_of(self, definition: Json) -> Pin:
+        """What the lock keeps of an approved definition: no secret of the config, and nothing large."""
+        text = encode(definition).decode()
+        kept = len(text) <= _PIN_KEPT and self._record.redact(text) == text
+        return Pin(digest_of(definition), definition if kept else None)
+
+    def changes(self, pin: Pin | None, now: Json) -> list[dict[str, str]]:
+        """What differs between what was approved (None: nothing) and a definition."""
+        return changes(pin and pin.definition, now, self._record.redact)
+
+    def introduced(self, server: str, offer: Offer) -> Offer:
+        """What `server` says of itself, its hidden text warned of, and cut with `clean`."""
+        said: Json = {"instructions": offer.instructions, "serverInfo": offer.info}
+        text, look = encode(said), _Look()
+        if _plain_json(text):
+            return offer
+        clean = server in self._clean
+        try:
+            if len(text) > _LARGEST:
+                raise _Exhausted
+            said = look.value(said)
+        except _Exhausted:
+            look.found.append("too large to be looked through for hidden text")
+            said = {"instructions": "", "serverInfo": {}}
+        if look.found:
+            self._warn(server, "", look.found, clean)
+        if clean:
+            offer = dataclasses.replace(
+                offer, instructions=said["instructions"], info=said["serverInfo"]
+            )
+        return dataclasses.replace(offer, warning="; ".join([] if clean else look.found))
+
+    def _look_through(self, entry: Entry) -> str:
+        """Why `entry` must be hidden for what is hidden in it; else that is warned of, or cut."""
+        if _plain_json(entry.source):
+            return ""
+        clean, look = entry.server in self._clean, _Look()
+        try:
+            if len(entry.source) > _LARGEST:
+                raise _Exhausted
+            item = look.value(entry.item)
+        except _Exhausted:
+            text = "it is too large, or hides too much, to be looked through for hidden text"
+            look.found.append(text)
+            look.named = look.named or text
+        if look.found:
+            self._warn(entry.server, f"{entry.kind.value[:-1]} {entry.own}", look.found, clean)
+        if not clean:
+            entry.warnings = look.found
+        elif look.named:
+            return f"clean cannot cut hidden text from a name: {look.named}"
+        elif look.found:
+            entry.item, entry.source = item, encode(item)
+        return ""
+
+    def _warn(self, server: str, what: str, found: list[str], cut: bool) -> None:
+        """One event for what was found in a definition, the first time."""
+        self._record.count("hidden_texts", server=server)
+        told = self._told.setdefault(server, set())
+        text = visible(f"{what[:120]}: " * bool(what)) + "; ".join(found[:3]) + " (cut)" * cut
+        if text in told or len(told) >= _WARNED:
+            return
+        told.add(text)
+        self._record.alarm("definition.hidden_text", text, server=server)
+
+    def _schemas(self, entry: Entry) -> str:
+        """Why a tool's schemas hide it. Leaves the one of its arguments in `entry.validator`."""
         member = "inputSchema"
         try:
             schema = _read_schema(entry.item.get(member))
@@ -9444,7 +10100,7 @@ class Policy:
         """What is wrong with a tool call: an error, or a tool result that a model can correct.
 
         `mirrored`: the Mcp-Param-* headers of a modern client, lower-case name to raw value."""
-        reason = "" if isinstance(entry.validator, _Schema) else self.definition(entry)
+        reason = "" if isinstance(entry.validator, _Schema) else self._schemas(entry)
         schema = entry.validator
         if not isinstance(schema, _Schema):
             return Error(INVALID_PARAMS, f"this tool cannot be called: its {reason}")
@@ -13741,6 +14397,30 @@ class Endpoints:
         return 200, "text/plain; version=0.0.4; charset=utf-8", text.encode()
 
 
+def read_approval(request: HttpRequest) -> dict[str, str]:
+    """What POST /servers/NAME/pin approves: tools by their own names, with the digests that were seen.
+
+    Raises HttpError 405, 415 or 400."""
+    if request.method != "POST":
+        raise HttpError(405, "tools are approved with POST", [("Allow", "POST")])
+    # Not one of the types that a web page can send without a preflight (Fetch, CORS-safelisted).
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        raise HttpError(415, "the body must be application/json")
+    try:
+        body = decode(request.body)
+    except InvalidJson as error:
+        raise HttpError(400, str(error)) from None
+    tools = body.get("tools") if isinstance(body, dict) and set(body) == {"tools"} else None
+    if (
+        not isinstance(tools, dict)
+        or not tools
+        or not all(isinstance(d, str) for d in tools.values())
+    ):
+        text = 'say what you have seen: {"tools": {"NAME": "sha256:…"}}, with digests from /status'
+        raise HttpError(400, text)
+    return tools
+
+
 def _gauges(servers: Mapping[str, Mapping[str, Json]], uptime: float) -> str:
     """What is, not what happened: one line per server and measure that is shown of it."""
     lines = ["# TYPE atrax_uptime_seconds gauge", f"atrax_uptime_seconds {uptime:.1f}"]
@@ -13778,7 +14458,7 @@ class Atrax:
         self.record = Record(config.secrets)
         clock = loop.time
         key = config.key.encode() if config.key else secrets.token_bytes(32)
-        self.policy = Policy(self.record)
+        self.policy = Policy(self.record, config)
         tasks = Tasks(clock)
         self.supervisor = Supervisor(config, self.record, self, clock, loop, tasks.run_at)
         self.catalogue = Catalogue(
@@ -13816,6 +14496,8 @@ class Atrax:
         self.http = HttpServer(self, config.limits, self.record, clock, tls, self._is_exempt)
         self.urls: list[str] = []
         self.audit: Audit | None = None
+        self._locking = asyncio.Lock()  # who reads or writes the lock of the pins
+        self._approvals: set[asyncio.Task[None]] = set()
         self._ticking: asyncio.TimerHandle | None = None
 
     # ---- life ----
@@ -13849,6 +14531,8 @@ class Atrax:
         while self.gateway.inflight and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
         self._step(self.clients.close)
+        for task in self._approvals:
+            task.cancel()
         await self.http.close(1.0)
         await self.supervisor.stop(2.0)
         if self._ticking is not None:
@@ -13864,7 +14548,13 @@ class Atrax:
             self.record.emit("internal.error", "error", message=f"{step}: {error!r}")
 
     async def reload(self, load: Callable[[], Config]) -> None:
-        """Take over what may change at SIGHUP: who may come in (`auth`), the files of `tls` and of the audit.
+        """`_reload`, while nobody approves anything."""
+        async with self._locking:
+            await self._reload(load)
+
+    async def _reload(self, load: Callable[[], Config]) -> None:
+        """Take over what may change at SIGHUP: who may come in (`auth`), what is approved (the lock),
+        the files of `tls` and of the audit.
 
         The whole file is read and checked, in a thread, since a disk may hang. What is new is made
         complete before anything is swapped, so a mistake changes nothing; after that nothing waits
@@ -13879,6 +14569,8 @@ class Atrax:
             config = self.config.model_copy(update={"auth": new.auth})
             identity = Identity(config, self.identity)
             context = await asyncio.to_thread(config.tls.context) if config.tls else None
+            pins = self.policy.pins
+            pinned = await asyncio.to_thread(pins.read) if pins.servers else None
         except (AtraxError, ValueError) as error:
             why = "; ".join(str(error).splitlines())
             self.record.alarm("reload.failed", f"nothing was changed: {why}")
@@ -13889,6 +14581,8 @@ class Atrax:
         if context is not None:
             self.http.renew(context)
             changed.append("tls")
+        if self._adopt(pinned):
+            changed.append("the lock")
         later = _differing(config, new)
         message = f"took over {', '.join(changed) or 'nothing new'} from the config"
         if later:
@@ -13910,6 +14604,7 @@ class Atrax:
     # ---- Shelf: what happened at the children goes to who keeps lists and subscriptions ----
 
     def up(self, server: str, offer: Offer) -> None:
+        offer = self.policy.introduced(server, offer)
         self.catalogue.up(server, offer)
         self.subscriptions.up(server, offer)
 
@@ -14024,8 +14719,60 @@ class Atrax:
             self.clients.sse(request, reply, owner, endpoint)
         elif path == "/messages":
             self.clients.messages(request, reply, owner, endpoint)
+        elif path == "/pin" and endpoint:
+            self._approve(request, reply, owner, endpoint)
         else:
             raise HttpError(404, "nothing is here; MCP is at /mcp and at /servers/NAME/mcp")
+
+    def _approve(self, request: HttpRequest, reply: Reply, owner: Owner, server: str) -> None:
+        """Approve the tools that the body names, if a pin hides them and they are still what was seen."""
+        self.identity.operate(request, owner)
+        wanted = read_approval(request)
+        if server not in self.policy.pins.servers:
+            raise HttpError(409, f'"pin" is not set for the server "{server}": nothing waits')
+        held = self.catalogue.unapproved(server)
+        for own, digest in wanted.items():
+            found = held[own].unapproved if own in held else None
+            if found is None or found.digest != digest:
+                now = f"is {found.digest} now" if found else "does not wait for approval"
+                raise HttpError(409, f"nothing was approved: {visible(own)[:120]} {now}")
+        pins = {own: self.policy.pin_of(held[own].item) for own in wanted}
+        # Owned here, cancelled by `stop`; each ends when the file is written.
+        task = self._loop.create_task(self._pin(request, reply, owner, server, pins))
+        self._approvals.add(task)
+        task.add_done_callback(self._approvals.discard)
+
+    async def _pin(
+        self, request: HttpRequest, reply: Reply, owner: Owner, server: str, pins: dict[str, Pin]
+    ) -> None:
+        """Write the lock, show what is approved, answer."""
+        try:
+            async with self._locking:
+                approve = functools.partial(self.policy.pins.approve, server, pins)
+                self._adopt(await asyncio.to_thread(approve))
+        except AtraxError as error:
+            self.record.emit("pin.failed", "error", server=server, message=str(error))
+            body = encode({"error": {"message": "the lock could not be written; the log says why"}})
+            reply.full(500, [("Content-Type", "application/json")], body)
+            return
+        names = ", ".join(visible(own)[:80] for own in pins)
+        self.record.emit(
+            "pin.approved",
+            server=server,
+            principal=owner.principal,
+            address=request.address,
+            request=request.id,
+            message=f"{owner.principal} approved {names[:1000]}",
+        )
+        approved = {own: pin.digest for own, pin in pins.items()}
+        reply.full(200, [("Content-Type", "application/json")], encode({"approved": approved}))
+
+    def _adopt(self, pinned: Pinned | None) -> bool:
+        """What is approved from now on; whether that is something else."""
+        changed = self.policy.pins.adopt(pinned)
+        for server in self.policy.pins.servers if changed else ():
+            self.catalogue.review(server)
+        return changed
 
     def _check_server(self, name: str, owner: Owner) -> None:
         """Raises HttpError 404 where there is no such server for `owner`."""
@@ -14173,12 +14920,9 @@ async def _until(
         await asyncio.sleep(0.02)
 
 
-async def check(
-    config: Config, loop: asyncio.AbstractEventLoop
-) -> tuple[dict[str, dict[str, Json]], float]:
-    """Start every server without serving; the status once all have settled, and how long that took."""
+async def _settled(config: Config, loop: asyncio.AbstractEventLoop) -> Atrax:
+    """Every server of `config`, started without serving, once each is ready or has failed."""
     atrax = Atrax(config, loop)
-    began, clock = loop.time(), time.time()
     become_subreaper()
     atrax.supervisor.start()
     atrax.tick()
@@ -14188,6 +14932,15 @@ async def check(
         longest + 5,
         asyncio.Queue(),
     )
+    return atrax
+
+
+async def check(
+    config: Config, loop: asyncio.AbstractEventLoop
+) -> tuple[dict[str, dict[str, Json]], float]:
+    """Start every server without serving; the status once all have settled, and how long that took."""
+    began, clock = loop.time(), time.time()
+    atrax = await _settled(config, loop)
     took = loop.time() - began
     offers = atrax.catalogue.offers()
     status = {
@@ -14201,6 +14954,53 @@ async def check(
     }
     await atrax.stop(0.0)
     return status, took
+
+
+@dataclasses.dataclass(slots=True)
+class Approval:
+    """What `pin` found at one server: tools by own names, with what is new or has changed in them.
+
+    `error`: why it could not be read; then what was approved stays approved."""
+
+    tools: int = 0
+    new: dict[str, list[dict[str, str]]] = dataclasses.field(default_factory=dict)
+    changed: dict[str, list[dict[str, str]]] = dataclasses.field(default_factory=dict)
+    gone: list[str] = dataclasses.field(default_factory=list)
+    error: str = ""
+
+
+async def approve_all(
+    config: Config, loop: asyncio.AbstractEventLoop
+) -> tuple[dict[str, Approval], list[str], bool]:
+    """Read the tools of every server with `pin`, and write the lock with all of them.
+
+    What was found, the servers whose approvals went since the config names them no more, and
+    whether the lock has changed. Raises AtraxError where it cannot be read or written."""
+    only = {name: one for name, one in config.servers.items() if one.pin and not one.disabled}
+    atrax = await _settled(config.model_copy(update={"servers": only}), loop)
+    old = atrax.policy.pins.read()
+    was: Pinned = old or {}
+    pinned = {name: tools for name, tools in was.items() if name in config.servers}
+    found: dict[str, Approval] = {}
+    for name, state in atrax.status().items():
+        definitions = atrax.catalogue.definitions(name)
+        if definitions is None:
+            why = state.get("error") or state.get("lastError") or state["state"]
+            found[name] = Approval(error=str(why))
+            continue
+        before = was.get(name, {})
+        pinned[name] = {own: atrax.policy.pin_of(item) for own, item in definitions.items()}
+        one = found[name] = Approval(len(definitions))
+        one.gone = sorted(set(before) - set(definitions))
+        for own, pin in sorted(pinned[name].items()):
+            if own not in before:
+                one.new[own] = atrax.policy.changes(None, definitions[own])
+            elif before[own].digest != pin.digest:
+                one.changed[own] = atrax.policy.changes(before[own], definitions[own])
+    await atrax.stop(0.0)
+    if old != pinned:
+        write_lock(config.lock, pinned)
+    return found, sorted(set(was) - set(pinned)), old != pinned
 
 
 # ==== Demo ========================================================================
@@ -14501,6 +15301,7 @@ usage: python atrax.pyz COMMAND
     --socket PATH        listen on a Unix socket
   check [config.json]    start every server once; print what each offers and how long it took
     --json               the same for programs
+  pin [config.json]      approve the tools that the servers with "pin" have now
   token NAME             make a bearer token for NAME; print it once, and its entry for auth.tokens
   schema                 print the JSON Schema of the config
   version                print version, Python, platform and native modules
@@ -14608,6 +15409,55 @@ def check_command(argv: Sequence[str]) -> int:
     return int(any(server["state"] in (*_FAILED, "starting") for server in status.values()))
 
 
+def pin_command(argv: Sequence[str]) -> int:
+    """Approves the tools that the servers with `pin` have now."""
+    config = Config.load(_Arguments("pin", config=True).parse_args(argv).config)
+    if not any(one.pin and not one.disabled for one in config.servers.values()):
+        where = f"{config.path}: no server has " if config.path else "no server has "
+        raise UsageError(f'{where}"pin": true. Set it for those whose tools you want to approve')
+    reports: list[tuple[dict[str, Approval], list[str], bool]] = []
+
+    async def work(loop: asyncio.AbstractEventLoop) -> int:
+        reports.append(await approve_all(config, loop))
+        return 0
+
+    with _waiting("reading the tools …"):
+        run(work)
+    found, dropped, written = reports[0]
+    paint = _paint(sys.stdout)
+    lines = [line for name, one in found.items() for line in _approval_lines(name, one, paint)]
+    lines += [f"{name}: not in the config any more; its approvals are dropped" for name in dropped]
+    does = "is written; a gateway that runs reads it at SIGHUP" if written else "is unchanged"
+    print("\n".join([*lines, f"{config.lock} {does}"]))
+    return int(any(one.error for one in found.values()))
+
+
+def _approval_lines(name: str, found: Approval, paint: _Paint) -> Iterator[str]:
+    if found.error:
+        why = f"cannot be read, so its approvals stay as they were: {found.error}"
+        yield f"{name}: " + paint(_printable(why), "bad")
+        return
+    said = {"new": len(found.new), "changed": len(found.changed), "gone": len(found.gone)}
+    counts = ", ".join(f"{number} {word}" for word, number in said.items() if number)
+    tools = f"{found.tools} tool{'s' * (found.tools != 1)}"
+    yield f"{name}: {tools} approved" + (f" ({counts})" if counts else ", none new or changed")
+    for word, tools_of in (("new", found.new), ("changed", found.changed)):
+        for own, changed in tools_of.items():
+            yield f"  {word} {paint(_printable(own), 'strong')}"
+            yield from _change_lines(changed)
+    for own in found.gone:
+        yield f"  gone {_printable(own)}: no alarm, nobody can call it; its approval is dropped"
+
+
+def _change_lines(changes: Iterable[Mapping[str, str]]) -> Iterator[str]:
+    """A diff for people: what a member was, and is."""
+    for change in changes:
+        was, now = (change.get(key) for key in ("was", "is"))
+        yield "    " + _printable(change["member"])
+        yield from (f"      {sign} {_printable(one)}" for sign, one in (("-", was), ("+", now))
+                    if one is not None)  # fmt: skip
+
+
 def token_command(argv: Sequence[str]) -> int:
     """A new bearer token and its entry for the config; nothing is kept."""
     parser = _Arguments("token")
@@ -14652,6 +15502,7 @@ def version_command(argv: Sequence[str]) -> int:
 COMMANDS: Final[dict[str, Callable[[Sequence[str]], int]]] = {
     "serve": serve_command,
     "check": check_command,
+    "pin": pin_command,
     "token": token_command,
     "schema": schema_command,
     "version": version_command,
@@ -14725,6 +15576,8 @@ def startup_screen(
     places = [_endpoint(url) for url in urls]
     parts = [paint(f"Atrax {version}", "strong") + "  " + "  ".join(places), ""]
     parts += _server_lines(status, paint)
+    if notes := _notes(status):
+        parts += ["", *(paint(note, "bad") for note in notes)]
     if remarks:
         parts += ["", *(paint(_printable(remark), "dim") for remark in remarks)]
     return "\n".join([*parts, "", *_connecting(places[0] if places else "", paint)])
@@ -14747,6 +15600,10 @@ def check_report(
         for item in server.get("hidden", ()):
             hidden = f"{name}: {item['name']} is hidden: {item['reason']}"
             lines.append("  " + _printable(hidden))
+            lines += _change_lines(item.get("changes", ()))
+        for item in server.get("warnings", ()):
+            warning = f"{name}: {item['name'] or item['kind']}: {item['warning']}"
+            lines.append("  " + paint(_printable(warning), "bad"))
     if any("what programs need" in line for line in lines):
         lines.append(f"  what programs need to run: {ALWAYS_SHOWN}")
     troubled = sum(server.get("state") in _FAILED for server in status.values())
@@ -14772,6 +15629,25 @@ def _server_lines(status: Mapping[str, Mapping[str, Json]], paint: _Paint) -> li
         ways = (paint(_printable(way), "bad") for way in server.get("open", ()))
         lines += [f"  {name:<{wide}}  {way}" for way in ways]
     return lines
+
+
+def _notes(status: Mapping[str, Mapping[str, Json]]) -> list[str]:
+    """What nobody should overlook: tools that wait for approval, hidden text, taken names."""
+    notes = []
+    for name, server in status.items():
+        waiting = [
+            f"{one['name']} is hidden: {one['reason']}"
+            for one in server.get("hidden", ())
+            if "digest" in one
+        ]
+        warned = [
+            f"{one['name'] or one['kind']}: {one['warning']}" for one in server.get("warnings", ())
+        ]
+        for texts in (waiting, warned):
+            notes += [f"{name}: {_printable(text)}" for text in texts[:3]]
+            if len(texts) > 3:
+                notes.append(f"{name}: and {len(texts) - 3} more; /status lists them")
+    return notes
 
 
 def _about(server: Mapping[str, Json]) -> str:

@@ -389,6 +389,53 @@ PROMISES: Final = {
         "DESIGN, Config, sandbox",
     ),
     "sandbox.told": Promise("`check` says what each child may do.", "issue 6, item 4"),
+    # Tools that lie
+    "pin.hides": Promise(
+        "With `pin`, a tool whose definition is new or changed in any member is hidden until it is approved.",
+        "issue 6, item 5; DESIGN, Pinning",
+    ),
+    "pin.seen": Promise(
+        "What a pin hides is logged once, counted, and shown in /status as a diff.",
+        "DESIGN, Pinning",
+    ),
+    "pin.error": Promise(
+        "A call of a tool that a pin hides gets 1012 from who may otherwise use it; to others it is unknown.",
+        "DESIGN, HTTP",
+    ),
+    "pin.approval": Promise(
+        "`pin` and SIGHUP, or an admin's POST with the digests that were seen, approve; list_changed follows.",
+        "DESIGN, Pinning; HTTP",
+    ),
+    "pin.operators": Promise(
+        "POST /servers/NAME/pin needs `admin`, or without auth a client on this machine and no proxy.",
+        "DESIGN, HTTP",
+    ),
+    "pin.lock": Promise(
+        "The lock is replaced at once or not at all, gives the same bytes for the same tools, and is never half believed.",
+        "issue 6, item 5",
+    ),
+    "pin.name": Promise(
+        "The name of an approved tool that changed goes to no other server.", "DESIGN, Pinning"
+    ),
+    "clean.cuts": Promise(
+        "With `clean`, hidden text is cut from definitions and instructions, and nothing that can be seen is.",
+        "issue 6, item 5",
+    ),
+    "clean.warns": Promise(
+        "Hidden text is warned of by `check`, the start-up screen and an event, with tool, member and kind.",
+        "issue 6, item 5",
+    ),
+    "clean.names": Promise(
+        "Where a name holds hidden text, `clean` hides its item.", "README, Pin what you approved"
+    ),
+    "clean.bounded": Promise(
+        "No definition holds the loop, however large it is or however much it hides.",
+        "issue 6, item 5",
+    ),
+    "names.lookalike": Promise(
+        "A tool that takes another server's name, or looks like one of its tools, is warned of.",
+        "issue 6, item 5",
+    ),
     # The documents
     "docs.keys": Promise(
         "README's table of keys is the one that the code declares.", "STYLE, Tests; README"

@@ -322,13 +322,13 @@ def tool(name: str, **more: Any) -> dict[str, Any]:
     return {"name": name, "inputSchema": {"type": "object"}, **more}
 
 
-def prompt(name: str) -> dict[str, Any]:
-    return {"name": name}
+def prompt(name: str, **more: Any) -> dict[str, Any]:
+    return {"name": name, **more}
 
 
-def resource(uri: str) -> dict[str, Any]:
-    return {"uri": uri, "name": uri}
+def resource(uri: str, **more: Any) -> dict[str, Any]:
+    return {"uri": uri, "name": uri, **more}
 
 
-def template(uri: str) -> dict[str, Any]:
-    return {"uriTemplate": uri, "name": uri}
+def template(uri: str, **more: Any) -> dict[str, Any]:
+    return {"uriTemplate": uri, "name": uri, **more}

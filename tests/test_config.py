@@ -151,7 +151,7 @@ MISTAKES = {
         server(sandbox={"raed": []}),
         'mcpServers.git.sandbox.raed: unknown key. Did you mean "read"?',
     ),
-    "pin": (server(pin=False), 'mcpServers.git.pin: this build does not enforce "pin" yet'),
+    "pin": (server(pin="yes"), "mcpServers.git.pin: must be"),
     "origin": ({**server(), "allowed_origins": ["app.example"]}, "allowed_origins[0]:"),
     "short key": ({**server(), "key": "short"}, "key: String should have at least 16 characters"),
 }  # fmt: skip
@@ -185,7 +185,7 @@ def test_all_mistakes_are_told_at_once() -> None:
         "prot": 1,
         "mcpServers": {
             "a": {"command": "x", "args": ["${NOPE}"], "prefix": "p", "timeout": "long"},
-            "b": {"command": "y", "prefix": "p", "pin": True},
+            "b": {"command": "y", "prefix": "p", "pin": "yes"},
         },
     }
 
