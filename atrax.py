@@ -10770,7 +10770,9 @@ class Gateway:
 
     def withheld(self, owner: Owner, server: str, tool: str, unknown: Error) -> Error:
         """The answer where the rights of `owner` alone are in the way: `unknown`, as if there were
-        nothing, unless `step_up` says how to get more. All that a scope refuses comes through here."""
+        nothing, unless `step_up` says how to get more.
+
+        Every name, URI and server that a scope keeps away is refused through here."""
         return (self.step_up(owner, server, tool) if self.step_up is not None else None) or unknown
 
     def _not_found(self, call: Call, kind: Kind, name: str, error: Error) -> Error:
@@ -10968,19 +10970,17 @@ class Gateway:
     def _unknown(self, forward: Forward) -> None:
         """A method that MCP does not name: an extension's, passed to who declared extensions, else refused.
 
-        Nobody knows what it reaches, so it is for those alone from whom nothing there is kept."""
-        call, server = forward.call, forward.call.endpoint
-        offer = self.catalogue.offer(server, EVERYTHING) if server else None
-        there = offer is not None and (
+        Nobody knows what it reaches, so it is for those alone from whom nothing there is kept; and
+        nothing is stepped up to, since no scope is known to be enough."""
+        call, server, scope = forward.call, forward.call.endpoint, forward.call.owner.scope
+        offer = self.catalogue.offer(server, scope) if server and scope.all_of(server) else None
+        if offer is not None and (
             "extensions" in offer.capabilities or "experimental" in offer.capabilities
-        )
-        if there and call.owner.scope.all_of(server):
+        ):
             astray = self._astray(server, call)
             forward.go(server, safe=False) if astray is None else forward.done(astray)
             return
         error = Error(METHOD_NOT_FOUND, f"Method not found: {call.method}", status=404)
-        if there:
-            error = self.withheld(call.owner, server, "", error)
         forward.done(Outcome(error=error))
 
 
