@@ -335,8 +335,8 @@ def confine(order: Json) -> tuple[list[str], int]:
     """Hold this process, and what it execs, to a sandbox; raises OSError with what this system lacks.
 
     `order`: `read`, `write`, `always` (paths), `network`, `processes`, `best_effort` (bools),
-    `seccomp` (None, or the call's number, the program and one for where mounts cannot be read-only,
-    in hex). The result: what stays open, where `best_effort` allows that, and the descriptor that
+    `seccomp` (None, or the call's number, the program and one for where there are no namespaces, in
+    hex). The result: what stays open, where `best_effort` allows that, and the descriptor that
     tells of refused calls (-1: none). Sources: landlock(7), seccomp(2), user_namespaces(7)."""
     import ctypes
     import os
@@ -352,7 +352,7 @@ def confine(order: Json) -> tuple[list[str], int]:
     if order["processes"] and root:
         lacks.append("the limit on processes does not bind root (RLIMIT_NPROC): use another user")
     elif order["processes"] and not within:
-        lacks.append("no user namespace: the limit on processes would count all of this user's")
+        lacks.append("no user namespace: the limit on processes counts all of this user's")
     for capability in range(64) if root else ():
         # What root's honest work with files needs stays: chown, both DAC ones, fowner, fsetid,
         # setgid, setuid.
@@ -367,12 +367,12 @@ def confine(order: Json) -> tuple[list[str], int]:
             "seccomp is unknown for this processor: Unix sockets, ptrace and the like are open"
         )
     else:
-        number, program, metadata = order["seccomp"]
+        number, program, isolated = order["seccomp"]
         error, listener = filter_calls(number, bytes.fromhex(program))
-        # Landlock leaves chmod, chown, utimes and xattrs alone. Where read-only mounts could not
-        # stop them, nobody in there may do them at all.
+        # Landlock leaves chmod, chown, utimes and xattrs alone. Where read-only mounts cannot stop
+        # them, nobody in there may do them at all; so with what an IPC namespace keeps apart.
         if not error and not sealed:
-            error, _ = filter_calls(number, bytes.fromhex(metadata))
+            error, _ = filter_calls(number, bytes.fromhex(isolated))
         if error:
             why = os.strerror(error)
             lacks.append(f"no seccomp filter ({why}): Unix sockets, ptrace and the like are open")
@@ -395,9 +395,13 @@ def enter_namespaces(flags: int, users: list[int]) -> int | None:
         if user:
             # Its own ids and no others: files stay whose they are.
             lines = {"setgroups": "deny"} | {name: f"{one} {one} 1" for name, one in ids.items()}
-            for name, line in lines.items():
-                with open(f"/proc/self/{name}", "w") as file:
-                    file.write(line)
+            try:
+                for name, line in lines.items():
+                    with open(f"/proc/self/{name}", "w") as file:
+                        file.write(line)
+            except OSError as error:
+                why = f"sandbox: a user namespace cannot be set up ({name}: {error.strerror})"
+                raise OSError(error.errno, why) from None
         return user
     return None
 
@@ -419,10 +423,12 @@ def seal_mounts(writable: list[str]) -> bool:
         )
         return done == 0
 
-    everything = 0x8000  # AT_RECURSIVE
+    everything, places = 0x8000, list(map(os.path.realpath, writable))  # AT_RECURSIVE
+    if "/" in places:
+        return True
     if not change("/", everything, 1, 0):
         return False
-    for path in map(os.path.realpath, writable):
+    for path in places:
         name = os.fsencode(path)
         bound = libc.mount(name, name, None, ctypes.c_ulong(4096 | 16384), None) == 0
         # A mount below that was read-only before stays so.
@@ -12386,6 +12392,7 @@ def _stage_source(sandboxed: bool) -> str:
 # ends the process (SIGSYS).
 
 RLIMIT_CORE, RLIMIT_NPROC, RLIMIT_NOFILE, RLIMIT_AS = 4, 6, 7, 9  # Linux, but for Alpha and MIPS
+LOOKED_AT: Final = 64  # processes of a child in one look for limits; each costs 50 us
 NO_SANDBOX: Final = f"{sys.platform} has none of what it needs (Landlock, seccomp: Linux 6.12)"
 # What programs need to run at all: programs, libraries, and what libraries look up.
 ALWAYS: Final = (
@@ -12463,13 +12470,18 @@ _SPECIAL: Final[_Numbers] = {
     "socket": (41, 198), "socketpair": (53, 199), "clone": (56, 220), "prlimit64": (302, 261),
     "kill": (62, 129),
 }  # fmt: skip
-_METADATA: Final[_Numbers] = {
+_ISOLATED: Final[_Numbers] = {  # refused where there are no namespaces to keep them apart
     "chmod": (90, -1), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
     "chown": (92, -1), "fchown": (93, 55), "lchown": (94, -1), "fchownat": (260, 54),
     "utime": (132, -1), "utimes": (235, -1), "futimesat": (261, -1), "utimensat": (280, 88),
     "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14),
     "lremovexattr": (198, 15), "fremovexattr": (199, 16), "setxattrat": (463, 463),
     "removexattrat": (466, 466), "file_setattr": (469, 469),
+    # Objects of System V and message queues have ids and names that all of a user's processes share.
+    "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "semget": (64, 190),
+    "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192), "msgget": (68, 186),
+    "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187), "mq_open": (240, 180),
+    "mq_unlink": (241, 181),
 }  # fmt: skip
 _Instruction: TypeAlias = tuple[int, int, int, int]  # code, jump if true, jump if false, operand
 
@@ -12484,8 +12496,8 @@ def _sandbox_order(sandbox: Sandbox, program: Iterable[str]) -> dict[str, Json]:
     programs = None
     if processor is not None:
         column, machine, number = processor
-        main, metadata = _main_filter(column, sandbox.network), _list(_METADATA, column, _ERRNO | 1)
-        programs = (number, *(_assembled(machine, body).hex() for body in (main, metadata)))
+        main, isolated = _main_filter(column, sandbox.network), _list(_ISOLATED, column, _ERRNO | 1)
+        programs = (number, *(_assembled(machine, body).hex() for body in (main, isolated)))
     return {
         "read": [os.path.abspath(path) for path in sandbox.read],
         "write": [os.path.abspath(path) for path in sandbox.write],
@@ -12691,6 +12703,8 @@ class Guard:
         act = name
         if name == "kill":
             target = (arguments[0] & 0xFFFFFFFF ^ 0x80000000) - 0x80000000  # an int
+            if arguments[1] & 0xFFFFFFFF == 0:
+                return True  # only asks: so do lock files of whoever made them last
             if target == 0 or _belongs(abs(target), self.pid, self._place):
                 return True
             act = "kill of a process that is not its own"
@@ -12730,39 +12744,52 @@ def _belongs(pid: int, child: int, place: str) -> bool:
 
 
 def at_limits(pid: int, sandbox: Sandbox) -> list[str]:
-    """Which limits of its sandbox the process `pid` is at. A look, as it is at this moment: the
-    kernel tells of a refused fork, file or page nobody but the process."""
-    found: list[str] = []
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        if sandbox.memory is not None:
-            with open(f"/proc/{pid}/status") as file:
-                peak = next(line for line in file if line.startswith("VmPeak")).split()[1]
-            if int(peak) * 1024 > 0.95 * sandbox.memory:
-                found.append("memory")
-    with contextlib.suppress(OSError):
-        if sandbox.files is not None and len(os.listdir(f"/proc/{pid}/fd")) >= sandbox.files:
-            found.append("files")
-    if sandbox.processes is not None and _tasks(pid, sandbox.processes) >= sandbox.processes:
-        found.append("processes")
+    """Which limits of its sandbox the process `pid`, or one that descends from it, is at.
+
+    A look, as it is at this moment: of a refused fork, file or page the kernel tells nobody else."""
+    if sandbox.memory is sandbox.files is sandbox.processes is None:
+        return []
+    pids, tasks = _family(pid, sandbox.processes or LOOKED_AT)
+    found = ["processes"] if sandbox.processes is not None and tasks >= sandbox.processes else []
+    if sandbox.files is not None and any(_open_files(one) >= sandbox.files for one in pids):
+        found.append("files")
+    # What was refused is not counted, so the last whole step may lie below.
+    if sandbox.memory is not None and any(_peak(one) > 0.95 * sandbox.memory for one in pids):
+        found.append("memory")
     return found
 
 
-def _tasks(pid: int, most: int) -> int:
-    """Threads of `pid` and of its descendants, counted up to `most`."""
-    found, number = [pid], 0
-    for one in found:  # grows as it is walked
+def _family(pid: int, most: int) -> tuple[list[int], int]:
+    """`pid` with its descendants, and how many threads these have; looks at `most` threads."""
+    pids, tasks = [pid], 0
+    for one in pids:  # grows as it is walked
         with contextlib.suppress(OSError):
             for thread in os.listdir(f"/proc/{one}/task"):
-                number += 1
+                tasks += 1
                 with open(f"/proc/{one}/task/{thread}/children") as file:
-                    found += map(int, file.read().split())
-        if number >= most:
+                    pids += map(int, file.read().split())
+        if tasks >= most:
             break
-    return number
+    return pids[:LOOKED_AT], tasks
+
+
+def _open_files(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    return 0
+
+
+def _peak(pid: int) -> int:
+    """The largest address space that `pid` has had, in bytes."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as file:
+        for line in file:
+            if line.startswith("VmPeak"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def allowed(config: ServerConfig) -> list[str]:
-    """What a process of this server may do, in short sentences; names, never values."""
+    """What a process of this server may do: phrases that follow "it may"; names, never values."""
     own = sorted(config.env)
     if config.container is not None:
         return _allowed_in_container(config, config.container, own)
@@ -12770,20 +12797,22 @@ def allowed(config: ServerConfig) -> list[str]:
         environment = launch(config).environment
     except Unstartable:
         environment = config.env
-    names = sorted(set(environment) - set(own)) + own
-    sentences = [f"environment: {', '.join(names) or 'none'}", f"cwd: {config.cwd or os.getcwd()}"]
+    names = [*sorted(set(environment) - set(own)), *own]
+    start = [f"see the variables {', '.join(names) or 'of nobody'}"]
     sandbox = config.sandbox
     if sandbox is None:
-        return [*sentences, f"not sandboxed: can do what user {user_name()} can"]
-    sentences += [
-        f"reads: {', '.join(['what programs need to run', *sandbox.read, *sandbox.write])}",
-        f"writes: {', '.join(sandbox.write) or 'nothing'}",
-        f"network: {'TCP and UDP' if sandbox.network else 'none'}; no Unix sockets",
-    ]
+        return [f"do what user {user_name()} can: it is not sandboxed", *start]
+    network = "use TCP and UDP, but no Unix sockets" if sandbox.network else "use no network"
     limits = {"bytes of memory": sandbox.memory, "processes and threads": sandbox.processes}
     limits["open files"] = sandbox.files
     shown = [f"{most} {what}" for what, most in limits.items() if most is not None]
-    return [*sentences, f"limits: {', '.join(shown) or 'none'}"]
+    return [
+        f"read {', '.join(['what programs need to run', *sandbox.read, *sandbox.write])}",
+        f"change {', '.join(sandbox.write) or 'nothing'}",
+        network,
+        *([f"take up to {', '.join(shown)}"] if shown else []),
+        *start,
+    ]
 
 
 def _allowed_in_container(
@@ -12795,13 +12824,12 @@ def _allowed_in_container(
         for write in (False, True)
     )
     return [
-        f"environment: {', '.join(['what the image sets', 'HOME', *own])}",
-        f"cwd: {config.cwd or 'as the image says'}",
-        f"container: {box.image} by {box.engine or 'podman or docker'}; no capabilities",
-        f"reads: {', '.join(filter(None, ['its image', reads, writes]))}",
-        f"writes: {', '.join(filter(None, ['/tmp', writes]))}",
-        f"network: {'as the engine gives it' if box.network else 'none'}",
-        f"limits: {box.memory} bytes of memory, {CONTAINER_PROCESSES} processes and threads",
+        f"run in a container of {box.image} by {box.engine or 'podman or docker'}, without capabilities",
+        f"read {', '.join(filter(None, ['its image', reads, writes]))}",
+        f"change {', '.join(filter(None, ['/tmp', writes]))}",
+        f"use {'the network that the engine gives it' if box.network else 'no network'}",
+        f"take up to {box.memory} bytes of memory, {CONTAINER_PROCESSES} processes and threads",
+        f"see the variables {', '.join(['HOME', *own])} and what the image sets",
     ]
 
 
@@ -13055,6 +13083,8 @@ class Child:
             signal_group(self.pid, KILL)
             process.wait()
             self._remove_container()
+            if self._guard is not None:
+                self._guard.close()
             raise
         self.busy = False
         self._watch()
@@ -13597,7 +13627,7 @@ class Member:
         if child.signal == signal.SIGSYS:
             return "was killed by the kernel for a system call that its sandbox forbids"
         crashes = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGTRAP)
-        if sandbox.memory and child.signal in (*crashes, signal.SIGKILL):
+        if sandbox.memory and child.signal in crashes:
             return f"{_how(-child.signal)}; its sandbox limits memory to {sandbox.memory} bytes"
         return ""
 
@@ -15299,7 +15329,7 @@ usage: python atrax.pyz COMMAND
   serve [config.json]    serve all servers of the config at one URL
     --host H, --port N   listen there, whatever the config says
     --socket PATH        listen on a Unix socket
-  check [config.json]    start every server once; print what each offers and how long it took
+  check [config.json]    start every server once; print what each offers and may do
     --json               the same for programs
   pin [config.json]      approve the tools that the servers with "pin" have now
   token NAME             make a bearer token for NAME; print it once, and its entry for auth.tokens
@@ -15596,7 +15626,7 @@ def check_report(
             if names:
                 lines.append(f"  {name} {kind}: {_printable(', '.join(names))}")
         for sentence in server.get("allowed", ()):
-            lines.append(f"  {name} may: {_printable(sentence)}")
+            lines.append(f"  {name} may {_printable(sentence)}")
         for item in server.get("hidden", ()):
             hidden = f"{name}: {item['name']} is hidden: {item['reason']}"
             lines.append("  " + _printable(hidden))

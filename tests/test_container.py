@@ -166,9 +166,9 @@ def test_check_says_what_a_container_may_do() -> None:
     entry = {"container": container, "env": {"TOKEN": SECRET}}
     server = Config.load(json.dumps({"mcpServers": {"one": entry}})).servers["one"]
     shown = "\n".join(program.allowed(server))
-    assert "mcp/time:1 by podman" in shown and "network: none" in shown
-    assert "reads: its image, /data (/srv), /out (/usr/share)" in shown
-    assert "writes: /tmp, /out (/usr/share)" in shown and "TOKEN" in shown and SECRET not in shown
+    assert "mcp/time:1 by podman" in shown and "use no network" in shown
+    assert "read its image, /data (/srv), /out (/usr/share)" in shown
+    assert "change /tmp, /out (/usr/share)" in shown and "TOKEN" in shown and SECRET not in shown
 
 
 # ---- what the engine is told, with a stand-in ----

@@ -141,6 +141,12 @@ def test_a_command_that_is_no_program_is_one_clear_line(tmp_path: pathlib.Path) 
     assert done.stderr == f"atrax: cannot run {program}: No such file or directory\n"
 
 
+def test_no_child_leaves_a_core_dump_that_may_hold_secrets() -> None:
+    way = atrax.launch(server(command="/bin/sh", args=["-c", "ulimit -Hc"]))
+    done = subprocess.run(atrax.staged(way), capture_output=True, text=True, timeout=30)
+    assert done.stdout == "0\n"
+
+
 def test_a_child_of_a_gateway_that_is_gone_does_not_start() -> None:
     command = atrax.staged(atrax.Launch(("/bin/echo", "started"), {}, None))
     command[5] = json.dumps({"parent": 1, "limits": []})

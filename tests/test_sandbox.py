@@ -504,34 +504,79 @@ async def test_descendants_of_a_sandboxed_child_end_with_it(house: House) -> Non
     assert not alive(pids[1])
 
 
+@promise("sandbox.ends")
+async def test_a_sandboxed_child_dies_with_a_gateway_that_is_killed(house: House) -> None:
+    gateway = await house.serve({"tries": house.server()})
+    child = int((await attempt(gateway, "pid")).split()[1])
+    gateway.kill()
+    await eventually(lambda: not alive(child), f"{child} outlived its gateway")
+
+
 # ---- where it cannot be done ----
 
-# Atrax as on a kernel without Landlock: a filter that every kernel with seccomp has.
-WITHOUT_LANDLOCK = """
-import ctypes, os, struct, sys
+# Atrax as on a kernel that lacks the system calls named in WITHOUT: a filter that every kernel with seccomp has.
+LACKING = """
+import ctypes, json, os, struct, sys
 libc = ctypes.CDLL(None)
-code = [(0x20, 0, 0, 0), (0x15, 0, 1, 444), (6, 0, 0, 0x50000 | 38), (6, 0, 0, 0x7FFF0000)]
+numbers = json.loads(os.environ["WITHOUT"])
+code = [(0x20, 0, 0, 0)]
+for number in numbers:
+    code += [(0x15, 0, 1, number), (6, 0, 0, 0x50000 | 38)]
+code += [(6, 0, 0, 0x7FFF0000)]
 program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
 libc.prctl(38, 1, 0, 0, 0)
 if libc.prctl(22, 2, struct.pack("HP", len(code), ctypes.addressof(program)), 0, 0) != 0:
     sys.exit("no seccomp here")
 os.execv(sys.executable, [sys.executable, os.environ["ATRAX"], *sys.argv[1:]])
 """
+LANDLOCK = [444]
+UNSHARE = [{"x86_64": 272, "aarch64": 97}.get(platform.machine(), 272)]
+
+
+def lacking_calls(house: Path, numbers: list[int]) -> tuple[Path, dict[str, str]]:
+    """What to run in place of Atrax, and its environment."""
+    program = house / "lacking.py"
+    program.write_text(LACKING)
+    return program, {"WITHOUT": json.dumps(numbers)}
+
+
+@promise("sandbox.files", "sandbox.network", "sandbox.refused")
+async def test_without_namespaces_seccomp_stops_what_they_would_have(house: House) -> None:
+    program, without = lacking_calls(house.root, UNSHARE)
+    limited = {"limited": house.server(processes=9)}
+    servers = {"tries": house.server(), **limited}
+    gateway = await house.serve(servers, program=program, **without)
+    secret, own = str(house.root / "out" / "secret"), str(house.root / "write" / "own")
+    before = house.seen_outside()
+    assert await attempt(gateway, "write", path=own) == "done"
+    for act in ("chmod", "chown", "touch", "label"):
+        assert await attempt(gateway, act, path=secret) == "EPERM", act
+    # It cannot tell which file is meant: nobody in there may, and SECURITY says so.
+    assert await attempt(gateway, "chmod", path=own) == "EPERM"
+    assert await attempt(gateway, "truncate", path=secret) == "EACCES"
+    for kind in ("tcp", "udp"):
+        assert await attempt(gateway, "connect", kind=kind, port=9) == "EPERM"
+    assert await attempt(gateway, "helper") == "done -15"
+    assert house.seen_outside() == before
+    status = (await gateway.status())["servers"]["limited"]
+    assert status["state"] == "failed"
+    assert "limit on processes" in status["lastError"]
 
 
 @promise("sandbox.refused")
 async def test_what_the_kernel_cannot_do_fails_that_server_alone_or_is_named(
     atrax: Start, children: Path, tmp_path: Path
 ) -> None:
-    program = tmp_path / "without.py"
-    program.write_text(WITHOUT_LANDLOCK)
+    program, without = lacking_calls(tmp_path, LANDLOCK)
     tries = {"command": sys.executable, "args": ["-S", str(children / "tries.py")]}
     config = {"log": {"format": "json", "level": "debug"}, "mcpServers": {
         "strict": {**tries, "sandbox": {}},
         "best": {**tries, "sandbox": {"best_effort": True}},
         "plain": tries,
     }}  # fmt: skip
-    gateway = await atrax(config, program=program, env={"ATRAX": str(ARCHIVE)}, judged=False)
+    gateway = await atrax(
+        config, program=program, env={"ATRAX": str(ARCHIVE), **without}, judged=False
+    )
     await gateway.ready()
     status = (await gateway.status())["servers"]
     assert status["strict"]["state"] == "failed"
@@ -614,11 +659,11 @@ def test_what_a_child_may_do_is_told_without_values(monkeypatch: pytest.MonkeyPa
         told(sandbox={"read": ["/srv"], "network": True, "memory": 1000, "files": 9}),
     )
     assert "LANG" in free and "TOKEN" in free and "s3cret" not in free + held
-    assert f"not sandboxed: can do what user {source.user_name()} can" in free
-    assert "reads: what programs need to run, /srv" in held
-    assert "writes: nothing" in held
-    assert "network: TCP and UDP; no Unix sockets" in held
-    assert "limits: 1000 bytes of memory, 9 open files" in held
+    assert f"do what user {source.user_name()} can: it is not sandboxed" in free
+    assert "read what programs need to run, /srv" in held
+    assert "change nothing" in held
+    assert "use TCP and UDP, but no Unix sockets" in held
+    assert "take up to 1000 bytes of memory, 9 open files" in held
 
 
 def test_what_a_program_is_installed_in_is_code_and_no_more(tmp_path: Path) -> None:
