@@ -338,6 +338,10 @@ PROMISES: Final = {
         "Streams, sessions and parked calls end when their token expires; a newer one prolongs a session.",
         "DESIGN, Who may what",
     ),
+    "owners.unseen": Promise(
+        "Another principal's session, stream, parked call or task is as if it did not exist, for every verb.",
+        "issue 6, item 2; DESIGN, Who may what",
+    ),
     "limits.per_principal": Promise(
         "Rates and calls in flight are counted by principal; past them 429 with Retry-After, in both eras.",
         "DESIGN, HTTP; issue 6, item 2",
