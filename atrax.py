@@ -4082,7 +4082,8 @@ class Identity:
             self._oauth = _OAuth(config, self._record, before._oauth if before else None)
         proxies = [one for one in config.trusted_proxies if one != "unix"]
         self._proxies = [ipaddress.ip_network(one) for one in proxies]
-        self._unix = "unix" in config.trusted_proxies
+        # Only where there is one: a TCP peer that has gone by the time we look has no address either.
+        self._unix = config.socket is not None and "unix" in config.trusted_proxies
         self.proxied = bool(config.trusted_proxies)  # else `unveil` has nothing to do
         self.trusts = functools.lru_cache(_PEERS)(self._trusts)
         self._certified = config.tls is not None and config.tls.client_ca is not None

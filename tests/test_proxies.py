@@ -24,7 +24,7 @@ def unveiled(
     address: str, headers: dict[str, str], proxies: list[str] = PROXIES, secure: bool = False
 ) -> atrax.HttpRequest:
     """A request of `address` after Identity has looked at it."""
-    config = atrax.Config(trusted_proxies=proxies, mcpServers={})
+    config = atrax.Config(trusted_proxies=proxies, socket="/a.sock", mcpServers={})
     named = {"host": "localhost", **headers}
     request = atrax.HttpRequest("GET", "/", "", named, b"", address, secure, {"kept": True})
     atrax.Identity(config).unveil(request)
@@ -115,9 +115,17 @@ def test_a_head_that_many_requests_share_is_not_changed() -> None:
     shared = {"host": "proxy", "x-forwarded-host": "mcp.example.com"}
     facts: dict[str, Any] = {}
     request = atrax.HttpRequest("GET", "/", "", shared, b"", "", False, facts)
-    atrax.Identity(atrax.Config(trusted_proxies=["unix"], mcpServers={})).unveil(request)
+    config = atrax.Config(trusted_proxies=["unix"], socket="/a.sock", mcpServers={})
+    atrax.Identity(config).unveil(request)
     request.facts["of the proxy's"] = True
     assert (shared["host"], facts) == ("proxy", {})
+
+
+def test_without_a_socket_who_has_no_address_is_a_stranger() -> None:
+    headers = {"host": "localhost", "x-forwarded-for": CLIENT}
+    request = atrax.HttpRequest("GET", "/", "", headers, b"", "")
+    atrax.Identity(atrax.Config(trusted_proxies=["unix"], mcpServers={})).unveil(request)
+    assert request.address == ""
 
 
 # ---- the config ----
