@@ -14476,6 +14476,7 @@ def _gauges(servers: Mapping[str, Mapping[str, Json]], uptime: float) -> str:
 # Knows every section. Nobody above knows it.
 
 TICK: Final = 0.2  # seconds between two `wake` of everything that has deadlines
+HELD_BODIES: Final = 64 * MIB  # of requests that wait for the issuer's keys
 FIRST_START: Final = 2.0  # seconds that the start-up screen waits for slow servers
 # Of a server's status, what everybody is shown who may use anything of it.
 OUTSIDE: Final = ("state", "settled", "era", "protocolVersion", "since", "retryAfter")
@@ -14529,6 +14530,7 @@ class Atrax:
         self.audit: Audit | None = None
         self._locking = asyncio.Lock()  # who reads or writes the lock of the pins
         self._approvals: set[asyncio.Task[None]] = set()
+        self._held = 0  # bytes of bodies that wait for the issuer's keys
         self._ticking: asyncio.TimerHandle | None = None
 
     # ---- life ----
@@ -14671,9 +14673,15 @@ class Atrax:
                 self._refuse(request, reply, needed.refuse() if fetched else keys_missing())
 
     def _hold(self, request: HttpRequest, reply: Reply) -> bool:
-        """Handle `request` again when the issuer's keys were fetched; False if too many wait for that."""
+        """Handle `request` again when the issuer's keys were fetched; False if too many wait for that.
+
+        Nobody knows yet who they are, so their bodies are bounded too, all together."""
+        size = len(request.body)
+        if self._held + size > HELD_BODIES:
+            return False
 
         def again(fetched: bool) -> None:
+            self._held -= size
             reply.closed = None
             try:
                 self.handle(request, reply, fetched)
@@ -14681,8 +14689,17 @@ class Atrax:
                 self.http.failed(f"{request.method} {request.path}", error)
                 self._refuse(request, reply, HttpError(500, "internal error"))
 
-        reply.closed = self.identity.wait(again)
-        return reply.closed is not None
+        def gone() -> None:
+            self._held -= size
+            leave()
+
+        waits = self.identity.wait(again)
+        if waits is None:
+            return False
+        leave = waits
+        self._held += size
+        reply.closed = gone
+        return True
 
     def _refuse(self, request: HttpRequest, reply: Reply, error: HttpError) -> None:
         self._refused(request, error)
