@@ -9964,8 +9964,11 @@ class Pins:
         entry.unapproved = None
         if entry.server not in self.servers:
             return ""
-        digest = digest_of(entry.item)
         pin = (self._pinned or {}).get(entry.server, {}).get(entry.own)
+        if len(entry.source) > _LARGEST:  # sorting the keys of 5 MB takes 50 ms
+            entry.unapproved = Unapproved("too large", pin is None, [])
+            return f"a pin takes no definition of more than {_LARGEST // 1024} KiB"
+        digest = digest_of(entry.item)
         if pin is not None and pin.digest == digest:
             return ""
         found = changes(pin and pin.definition, entry.item, redact)
@@ -10054,7 +10057,9 @@ class Policy:
         except _Exhausted:
             text = "it is too large, or hides too much, to be looked through for hidden text"
             look.found.append(text)
-            look.named = look.named or text
+            if clean:
+                self._warn(entry.server, f"{entry.kind.value[:-1]} {entry.own}", look.found, clean)
+                return text
         if look.found:
             self._warn(entry.server, f"{entry.kind.value[:-1]} {entry.own}", look.found, clean)
         if not clean:
@@ -10069,7 +10074,11 @@ class Policy:
         """One event for what was found in a definition, the first time."""
         self._record.count("hidden_texts", server=server)
         told = self._told.setdefault(server, set())
-        text = visible(f"{what[:120]}: " * bool(what)) + "; ".join(found[:3]) + " (cut)" * cut
+        text = (
+            visible(f"{what[:120]}: " * bool(what))
+            + "; ".join(found[:3])
+            + " (`clean` is on)" * cut
+        )
         if text in told or len(told) >= _WARNED:
             return
         told.add(text)
