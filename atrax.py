@@ -6829,6 +6829,7 @@ _READ_GAP: Final = 0.2  # seconds between two readings, for floods of list_chang
 _READ_AGAIN: Final = (0.5, 30.0)  # first and longest pause after a list that could not be read
 _MOST_PAGES: Final = 1_000  # of one upstream list; past it a server invents cursors
 _MOST_ITEMS: Final = 50_000  # of one upstream list
+_MOST_READ: Final = 64 * MIB  # bytes of all its pages together: a page alone may be limits.line
 # Matching is linear, but URI times templates is still work that a client can ask for: 4 ms at most.
 _MOST_TEMPLATES: Final = 1_000  # of one server
 _LONGEST_URI: Final = 8_192  # that is matched against templates
@@ -7167,6 +7168,7 @@ class _Reading(_OwnCall):
         self._finished = finished
         self._link: Link  # from _ready on
         self._seen: set[str] = set()  # cursors
+        self._read = 0  # bytes
 
     def start(self, pool: Pool) -> None:
         self._lease = pool.lease(self.stock.source.name, None, "", self._ready)
@@ -7192,6 +7194,11 @@ class _Reading(_OwnCall):
         items = result.get(self.stock.kind.value)
         if not isinstance(items, list):
             self._end(Error(INTERNAL_ERROR, f'its answer has no list "{self.stock.kind.value}"'))
+            return
+        self._read += len(outcome.raw or orjson.dumps(result))
+        if self._read > _MOST_READ:
+            self.fault = f"it has more than {_MOST_READ:,} bytes"
+            self._end(None)
             return
         self.items += items
         ttl_ms = result.get("ttlMs")
@@ -8441,7 +8448,8 @@ class Subscriptions:
         self.record.count("untold", server=server)
         if notice.method == "notifications/elicitation/complete":
             owner = self._sent.get((server, str(notice.params.get("elicitationId"))))
-            for listen in [one for one in self._listens if one.call.owner == owner]:
+            # Not looked for where nobody was sent: there may be 20,000, and a child that floods.
+            for listen in [one for one in self._listens if owner and one.call.owner == owner]:
                 if listen.call.owner.scope.sees(server):
                     listen.tell(notice)
         if notice.method != "notifications/tasks/status":
@@ -12936,6 +12944,7 @@ def uncontained() -> list[str]:
 PIPE_SIZE: Final = 2**20  # of a child's stdout: 1 MiB results come 1.6 times faster than by 64 KiB
 STDIN_HIGH: Final = 2**20  # bytes that a child has not read; past it the process is not free
 STDIN_MOST: Final = 2**24  # bytes written on top of that (answers, notes); past it the process ends
+AT_ONCE: Final = 32  # lines between two looks at the clock
 SPELL: Final = 0.005  # seconds that one pipe of a child may hold the loop, then others do
 REST: Final = 0.1  # seconds that a pause takes at most
 SMALL_PART: Final = 4096  # bytes; the parts of a long line are no smaller, so they are not too many
@@ -13036,6 +13045,7 @@ class Child:
         self.signal = 0  # what killed it
         self.stderr = Stderr(server, record, loop.time)
         self._lines = Lines(line_limit)
+        self._backlog: deque[bytes] = deque()  # lines that were read and wait for their turn
         self._stdin = _PipeEnd(self, lambda data: None)
         self._stdout, self._stderr = _PipeEnd(self, self._read), _PipeEnd(self, self.stderr.feed)
         self._record, self._loop, self._pipe_size = record, loop, pipe_size
@@ -13046,7 +13056,7 @@ class Child:
         self._way: Launch | None = None
         self._removing = False  # its container may still be there
         self._ending = ""  # how it ended, once it has
-        self._late = False  # only `_removing` stands against the end
+        self._late = False  # only `_removing` or `_backlog` stands against the end
         self._over = False
         self._timer: asyncio.TimerHandle | None = None  # the next rung of `stop`, then the drain
 
@@ -13183,7 +13193,29 @@ class Child:
             self.fail("sent a line longer than limits.line")
 
     def _deliver(self, lines: list[bytes]) -> None:
-        """Hand `lines` on. An exception here would make uvloop close the pipe, for every client."""
+        """Hand `lines` on, for one spell; the rest in the next turns, before anything more is read.
+        256 KiB that are read at once can be 100,000 lines, and hold the loop for 0.3 s."""
+        if self._backlog:
+            self._backlog.extend(lines)
+        elif len(lines) <= AT_ONCE:
+            self._hand_on(lines)
+        else:
+            self._backlog.extend(lines)
+            self._work_off()
+
+    def _work_off(self) -> None:
+        """Hand on what is left, for one spell."""
+        backlog, until = self._backlog, time.monotonic() + SPELL
+        while backlog and time.monotonic() < until:
+            self._hand_on([backlog.popleft() for _ in range(min(AT_ONCE, len(backlog)))])
+        self._stdout.hold(bool(backlog))
+        if backlog:
+            self._loop.call_soon(self._work_off)
+        elif self._late:
+            self._end()
+
+    def _hand_on(self, lines: list[bytes]) -> None:
+        """An exception here would make uvloop close the pipe, for every client."""
         now = self.heard = self._loop.time()
         self.spoke_last = False
         for line in lines:
@@ -13310,8 +13342,9 @@ class Child:
     def _end(self) -> None:
         if self._over:
             return
-        if self._removing:
+        if self._removing or self._backlog:
             self._late = True  # who hears of the end takes it that nothing of it is left
+            self._stdout.close()
             return
         self._over = True
         if self._timer is not None:
@@ -13335,6 +13368,7 @@ class _PipeEnd(asyncio.Protocol):
         self._child, self._take = child, take
         self._transport: asyncio.Transport | None = None
         self._full = False
+        self._held = False  # what was read is not worked off yet
         self._spent, self._left = 0.0, 0.0  # seconds that the loop was held, and when that ended
         self.unread = 0  # bytes that were written while the pipe was full
         self.closed = False
@@ -13350,18 +13384,27 @@ class _PipeEnd(asyncio.Protocol):
         self._left, before = time.monotonic(), self._left
         self._spent = max(0.0, self._spent - (since - before)) + self._left - since
         pipe = self._transport
-        if pipe is None or pipe.is_closing() or self._child.ending:
+        if pipe is None or pipe.is_closing() or self._child.ending or self._held:
             return
         if self._spent > SPELL:
             pipe.pause_reading()
             self._child.later(min(max(0.0, self._spent - 10 * SPELL), REST), self.resume)
             self._spent = 0.0
 
+    def hold(self, held: bool) -> None:
+        """Read nothing more until that is taken back."""
+        self._held, pipe = held, self._transport
+        if not held:
+            self.resume()
+        elif pipe is not None and not pipe.is_closing() and pipe.is_reading():
+            pipe.pause_reading()
+
     def resume(self) -> None:
         """Read on, after a pause."""
         pipe = self._transport
-        if pipe is not None and not pipe.is_closing() and not pipe.is_reading():
-            pipe.resume_reading()
+        if pipe is None or pipe.is_closing() or self._held or pipe.is_reading():
+            return
+        pipe.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport, self.closed = None, True

@@ -243,6 +243,10 @@ PROMISES: Final = {
         "No schema and no argument, however made, holds up other clients.", "DESIGN, Calls"
     ),
     # Paths
+    "child.bounded": Promise(
+        "Whatever a server writes, how much and how fast: memory, log and its neighbours' calls do not suffer.",
+        "issue 6, item 4",
+    ),
     "container.hardened": Promise(
         "With `container` the engine is told each lock, and only what the config asks for is left out.",
         "issue 6, item 4; DESIGN, Config",
