@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Running, Start, child
+from conftest import Running, Start, child, eventually
 from promises import promise
+
+import atrax as program
 
 Json = Any
 MOST_GROWTH = 300 * 2**10  # KiB; what is thrown at it is several times that
@@ -127,3 +129,18 @@ async def test_a_line_without_end_ends_the_child_and_stderr_without_lines_costs_
     error = await gateway.modern().call("bad__run", {"code": endless.format(fd=1)})
     assert error.code == 1000 and "limits.line" in error.error["message"]
     assert memory(gateway, "VmHWM") - before < MOST_GROWTH
+
+
+async def test_a_chunk_of_many_lines_is_handed_on_in_order_over_several_turns() -> None:
+    loop, got = asyncio.get_running_loop(), list[bytes]()
+    one = program.Child("bad", "bad.1", 2**26, 0, program.Record(), loop)
+    one.receive = lambda line, now: got.append(line)
+    lines = [b"%d" % number for number in range(200_000)]
+
+    one._read(b"\n".join(lines) + b"\n")
+    first = len(got)
+    one._read(b"more\n")
+    await eventually(lambda: len(got) > len(lines), "not all lines came")
+
+    assert 0 < first < len(lines)
+    assert got == [*lines, b"more"]
