@@ -15007,7 +15007,10 @@ async def _reload_at(hangups: asyncio.Event, atrax: Atrax, load: Callable[[], Co
     """Reload at each SIGHUP, one after the other."""
     while await hangups.wait():
         hangups.clear()
-        await atrax.reload(load)
+        try:
+            await atrax.reload(load)
+        except Exception as error:  # a bug must not cost the reloads to come
+            atrax.record.emit("internal.error", "error", message=f"reload: {error!r}")
 
 
 async def _until(

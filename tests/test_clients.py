@@ -149,6 +149,8 @@ class Stand:
         self.timers: list[tuple[float, Callable[[], None]]] = []
         self.gone: list[Any] = []
         self.fallen: set[str] = set()  # principals that a reload took away
+        self.judged = 0  # how often `stands` was asked
+        self.expires = atrax.math.inf  # of the token that requests come with
         self.limits = Limits(sessions=3, parked=2)
         self.scope = atrax.EVERYTHING  # what comes with each request
         self.clients = Clients(
@@ -157,8 +159,12 @@ class Stand:
             atrax.check_request,
             atrax.check_answer,
             lambda: 1e9 + self.time,
-            lambda owner, now: owner.principal not in self.fallen and owner.expires > now,
+            self.stands,
         )  # fmt: skip
+
+    def stands(self, owner: Owner, now: float) -> bool:
+        self.judged += 1
+        return owner.principal not in self.fallen and owner.expires > now
 
     def open(self, call: Call, sink: Any) -> Opened:
         opened = Opened(call, sink)
@@ -199,7 +205,9 @@ class Stand:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         request = HttpRequest(method, "/mcp", "", headers, data, "127.0.0.1")
         try:
-            self.clients.handle(request, told, Owner(who, scope=self.scope), endpoint)
+            self.clients.handle(
+                request, told, Owner(who, scope=self.scope, expires=self.expires), endpoint
+            )
         except HttpError as error:
             told.full(error.status, [("Content-Type", "application/json"), *error.headers], b"{}")
         return told
@@ -943,6 +951,47 @@ def test_a_principal_that_is_dropped_loses_what_it_has_open(stand: Stand) -> Non
     stand.clients.review()
     assert told.ended and listen.ended and len(opened.cancelled) == 1
     assert stand.legacy(rpc("ping"), session, who="ann").status == 404
+
+
+def test_a_parked_call_ends_with_its_token_and_a_retry_with_a_newer_one_prolongs_it(
+    stand: Stand,
+) -> None:
+    stand.expires = 1e9 + stand.time + 10
+    first, _ = parked(stand, "one")
+    second, asked = parked(stand, "two")
+    stand.expires += 20
+    told = retry(stand, asked["requestState"], {"two": YES})
+    second.asks("three")
+    stand.wait(15)
+    assert len(first.cancelled) == 1 and not second.cancelled
+    stand.wait(20)
+    assert second.cancelled and told.ended
+
+
+def test_running_calls_outlive_the_expiry_of_their_token(stand: Stand) -> None:
+    stand.expires = 1e9 + stand.time + 10
+    session = stand.session()
+    modern, legacy = stand.tool(), stand.legacy(rpc("tools/call", {"name": "t"}), session)
+    calls = stand.calls[-2:]
+    stand.wait(20)
+    assert not any(call.cancelled for call in calls)
+    assert session in stand.clients.legacy.sessions
+    for call in calls:
+        call.result({"content": []})
+    assert modern.ended and legacy.ended
+    stand.wait(2)
+    assert session not in stand.clients.legacy.sessions
+
+
+def test_nobody_looks_at_sessions_until_the_first_may_expire(stand: Stand) -> None:
+    stand.expires = 1e9 + stand.time + 1000
+    stand.session()
+    stand.expires = atrax.math.inf
+    stand.session()
+    stand.wait(900)
+    assert not stand.judged
+    stand.wait(200)
+    assert 0 < stand.judged < 5 and len(stand.clients.legacy.sessions) == 1
 
 
 # ---- legacy: sessions ----
