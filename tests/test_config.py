@@ -349,6 +349,16 @@ def test_a_bundled_server_runs_this_file() -> None:
 
 ACCEPTED = [
     server(),
+    {
+        **server(),
+        "auth": {
+            "type": "oauth",
+            "issuer": "https://a.example",
+            "audience": "x",
+            "jwks": "https://a.example/k",
+            "grants": {"s": {"servers": ["git"]}},
+        },
+    },
     {"mcpServers": {"far": {"url": "https://example.com"}}},
     {"$schema": "x", "servers": {"a": {"type": "stdio", "command": "x", "envFile": "/dev/null"}}},
     server(tools=["*"], autoApprove=[], disabledTools=["x"], restart={"backoff": [1, 2]}),
