@@ -12238,7 +12238,8 @@ class Launch:
     cwd: str | None
     # As `confine` takes it; None: not sandboxed.
     sandbox: Mapping[str, Json] | None = None
-    limits: tuple[tuple[int, int], ...] = ()  # (resource, most)
+    # (resource, most); by default no core dumps (RLIMIT_CORE), which would hold secrets.
+    limits: tuple[tuple[int, int], ...] = ((4, 0),)
     # Of a container alone: what ends it once its client (`command`) has ended, and what it means
     # if the client exits with 125.
     removal: tuple[str, ...] = ()
@@ -12265,14 +12266,14 @@ def launch(config: ServerConfig, place: str = "") -> Launch:
     program, *arguments = config.argv
     search = environment.get("PATH", os.defpath)
     program = find_command(program, search, cwd)
-    sandbox, limits = config.sandbox, [(RLIMIT_CORE, 0)]
+    sandbox = config.sandbox
     if sandbox is None or not LINUX:
         if sandbox and not sandbox.best_effort:
             raise Unstartable(f"sandbox: {NO_SANDBOX}")
-        return Launch((program, *arguments), environment, cwd, None, tuple(limits))
-    bounds = {RLIMIT_AS: sandbox.memory, RLIMIT_NPROC: sandbox.processes}
+        return Launch((program, *arguments), environment, cwd)
+    bounds = {RLIMIT_CORE: 0, RLIMIT_AS: sandbox.memory, RLIMIT_NPROC: sandbox.processes}
     bounds[RLIMIT_NOFILE] = sandbox.files
-    limits += [(limit, most) for limit, most in bounds.items() if most is not None]
+    limits = [(limit, most) for limit, most in bounds.items() if most is not None]
     own = ARCHIVE or os.path.abspath(__file__)
     bundled = [own, *sys.path] if (config.command or "").startswith("bundled:") else []
     order = _sandbox_order(sandbox, [*installation(program, search), *bundled])
@@ -12510,12 +12511,6 @@ def _sandbox_order(sandbox: Sandbox, program: Iterable[str]) -> dict[str, Json]:
         for path in paths:
             if not os.path.exists(path):
                 raise Unstartable(f'sandbox.{key}: "{path}" does not exist')
-    processor = _PROCESSORS.get(os.uname().machine) if sys.maxsize > 2**32 else None
-    programs = None
-    if processor is not None:
-        column, machine, number = processor
-        main, isolated = _main_filter(column, sandbox.network), _list(_ISOLATED, column, _ERRNO | 1)
-        programs = (number, *(_assembled(machine, body).hex() for body in (main, isolated)))
     return {
         "read": [os.path.abspath(path) for path in sandbox.read],
         "write": [os.path.abspath(path) for path in sandbox.write],
@@ -12523,8 +12518,19 @@ def _sandbox_order(sandbox: Sandbox, program: Iterable[str]) -> dict[str, Json]:
         "network": sandbox.network,
         "processes": sandbox.processes is not None,
         "best_effort": sandbox.best_effort,
-        "seccomp": programs,
+        "seccomp": _programs(sandbox.network),
     }
+
+
+@functools.cache
+def _programs(network: bool) -> tuple[int, str, str] | None:
+    """The number of the call `seccomp`, the main program and `_ISOLATED`'s; None: an unknown processor."""
+    processor = _PROCESSORS.get(os.uname().machine) if sys.maxsize > 2**32 else None
+    if processor is None:
+        return None
+    column, machine, number = processor
+    main, isolated = _main_filter(column, network), _list(_ISOLATED, column, _ERRNO | 1)
+    return number, _assembled(machine, main).hex(), _assembled(machine, isolated).hex()
 
 
 def installation(program: str, search: str) -> list[str]:
