@@ -648,6 +648,7 @@ _SWITCHES: Final = ("enabled", "isActive")  # Zed's and Cherry Studio's word for
 _SERVERS_KEYS: Final = ("servers", "context_servers")  # VS Code's and Zed's word for mcpServers
 _TOOL_LISTS: Final = {"disabledTools": "deny", "excludeTools": "deny",
                       "enabledTools": "allow", "includeTools": "allow"}  # fmt: skip
+HIDDEN: Final = "[redacted]"
 _SHORTEST_SECRET: Final = 6  # redacting "1", "true" or "debug" would make the log unreadable
 _SECRET_FILE: Final = 64 * 1024  # bytes; more is no secret but a mistake, or /dev/zero
 _REFERENCE: Final = re.compile(r"\$\$\{|\$\{([^}]*)(\}|\Z)")
@@ -1228,6 +1229,13 @@ def _parse(text: str, name: str) -> Json:
         raise UsageError(f"{name}: not valid JSON: {error}") from None
 
 
+def any_of(secrets: Iterable[str]) -> re.Pattern[str] | None:
+    """What finds any of `secrets` in a text; None: there are none."""
+    # Longest first: a secret that contains another one is hidden whole.
+    parts = sorted(secrets, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, parts))) if parts else None
+
+
 def _near(word: str, known: Iterable[str]) -> str:
     """The hint for a misspelt `word`, or ""."""
     import difflib
@@ -1305,8 +1313,14 @@ class _ConfigReader:
         if config is not None:
             self.judge(config)
         if self.errors or config is None:
-            raise UsageError("\n".join(self.told(path) for path in self.errors))
-        return config.model_copy(update={"remarks": self.remarks, "secrets": self.secrets})
+            raise UsageError(self.redacted("\n".join(self.told(path) for path in self.errors)))
+        remarks = [self.redacted(remark) for remark in self.remarks]
+        return config.model_copy(update={"remarks": remarks, "secrets": self.secrets})
+
+    def redacted(self, text: str) -> str:
+        """`text` for people. At a reload it goes to the log, which does not know new secrets yet."""
+        found = any_of(self.secrets)
+        return found.sub(HIDDEN, text) if found else text
 
     def wrong(self, message: str, *path: str | int) -> None:
         # The first finding about a place is the cause; what follows from it would only confuse.
@@ -1728,7 +1742,6 @@ def _default(field: FieldInfo) -> str:
 # Knows names and fields of events. Must not know who emits them or who looks.
 
 LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
-HIDDEN: Final = "[redacted]"
 CounterKey: TypeAlias = tuple[str | tuple[str, str], ...]  # name, then label and value pairs
 LOG_LINES: Final = 10_000  # waiting for a slow stderr; past it the oldest are dropped and counted
 
@@ -1785,9 +1798,7 @@ class Record:
     def hide(self, secrets: Iterable[str]) -> None:
         """From now on these are hidden too. What was a secret stays one: it may be in use elsewhere."""
         self._known.update(filter(None, secrets))
-        # Longest first: a secret that contains another one is hidden whole.
-        parts = sorted(self._known, key=len, reverse=True)
-        self._secrets = re.compile("|".join(map(re.escape, parts))) if parts else None
+        self._secrets = any_of(self._known)
 
     def emit(self, event: str, level: str = "info", **fields: Json) -> None:
         """Publish `event`. `message`, where given, is a sentence for people; `server` names a server."""

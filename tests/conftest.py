@@ -3,8 +3,8 @@
     atrax      a factory: `running = await atrax({"mcpServers": {…}})` is `atrax serve` in a process of its own
     children   the folder with the test servers, for configs: {"command": sys.executable, "args": [str(children / "echo.py")]}
 
-At the end of a test every gateway is stopped; one that leaves a process behind, or wrote a traceback of its
-own, fails the test. So does a message that is not what the version of whom it was said to allows, wherever it
+At the end of a test every gateway is stopped; one that leaves a process behind, wrote a traceback of its own, or
+shows CANARY in its log, its audit, /status or /metrics, fails the test. So does a message that is not what the version of whom it was said to allows, wherever it
 was read: by our clients (wire.py) or by our children (children/tap.py). See spoken.py."""
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000
 hypothesis.settings.load_profile("suite")
 
 SOURCE = HOME / "atrax.py"
+# A secret that stands in the environment of each gateway, in the `env` of each server, and in a cookie that each
+# client sends. Nobody asked for it, so nobody may see it.
+CANARY = f"canary-{os.urandom(12).hex()}"
+wire.EXTRA["Cookie"] = f"session={CANARY}"
 WAIT = 30.0  # seconds for what must happen; a limit, never a measure
 
 
@@ -46,6 +50,8 @@ class Running:
         self.process, self.config, self.url = process, config, ""
         self.tls: ssl.SSLContext | None = None  # of clients, where `url` is https
         self.log: list[str] = []
+        self.audit: Path | None = None
+        self.pages: list[str] = []  # as it showed them before it was stopped
         self._news = asyncio.Condition()
         self._clients: list[wire.Modern | wire.Legacy] = []
         # They end when the process has closed its ends; `stop` waits for them.
@@ -118,8 +124,22 @@ class Running:
                     raise AssertionError(f"no line like {pattern!r} in:\n{self}") from None
         return match
 
+    def leaks(self) -> list[str]:
+        """Where CANARY was to be seen: lines of the log and of the audit, and pages."""
+        kept = self.audit.read_text().splitlines() if self.audit and self.audit.is_file() else []
+        return [text for text in (*self.log, *self.pages, *kept) if CANARY in text]
+
+    async def _look(self) -> None:
+        """Keep what the pages show. Not every gateway has some to show to us."""
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(2):
+                for path in ("/status", "/metrics"):
+                    self.pages.append((await self.get(path))[1].decode())
+
     async def stop(self, number: int = signal.SIGTERM) -> int:
         """End it by a signal, in order; its exit code."""
+        if self.process.returncode is None and self.url:
+            await self._look()
         for client in self._clients:
             client.close()
         if self.process.returncode is None:
@@ -203,14 +223,14 @@ async def starting(folder: Path) -> AsyncIterator[Start]:
     ) -> Running:
         file = config if isinstance(config, Path) else folder / f"config{len(gateways)}.json"
         if not isinstance(config, Path):
-            config = tapped(config, taps.folder) if judged else config
+            config = planted(tapped(config, taps.folder) if judged else config)
             file.write_text(json.dumps({"port": 0, **config}))
         process = await asyncio.create_subprocess_exec(
             *(python, str(program), "serve", str(file), *options),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, "ATRAX_CANARY": CANARY, **(env or {})},
             limit=wire.LIMIT,
             user=user,
             group=user,
@@ -218,6 +238,8 @@ async def starting(folder: Path) -> AsyncIterator[Start]:
         )
         gateway = Running(process, file)
         gateway.tls = tls
+        if isinstance(config, dict) and "audit" in config.get("log", {}):
+            gateway.audit = Path(config["log"]["audit"])
         gateways.append(gateway)
         socket = config.get("socket") if isinstance(config, dict) else None
         if socket:
@@ -240,6 +262,7 @@ async def starting(folder: Path) -> AsyncIterator[Start]:
     # A child's own traceback stands behind its name in the log; one at the start of a line is ours.
     for gateway in gateways:
         assert not any(line.startswith("Traceback (most") for line in gateway.log), str(gateway)
+        assert not gateway.leaks(), gateway.leaks()
     malformed = list(taps.complaints())
     assert not malformed, "\n\n".join(malformed)
 
@@ -264,6 +287,19 @@ def tapped(config: dict[str, Any], folder: Path) -> dict[str, Any]:
             return server
         tap = [ours + "tap.py", str(folder)]
         return {**server, "args": [*arguments[:script], *tap, *arguments[script:]]}
+
+    servers = config.get("mcpServers", {})
+    return {**config, "mcpServers": {name: entry(server) for name, server in servers.items()}}
+
+
+def planted(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with CANARY among the secrets of each server."""
+
+    def entry(server: Any) -> Any:
+        env = server.get("env", {}) if isinstance(server, dict) else None
+        if not isinstance(env, dict):
+            return server  # wrong on purpose
+        return {**server, "env": {"CANARY": CANARY, **env}}
 
     servers = config.get("mcpServers", {})
     return {**config, "mcpServers": {name: entry(server) for name, server in servers.items()}}

@@ -219,6 +219,10 @@ PROMISES: Final = {
         "After each hostile request the gateway still serves, and no child has seen what was hidden in it.",
         "issue 6, To show",
     ),
+    "secrets.nowhere": Promise(
+        "No log, status, metric, error, audit line or command shows a secret, wherever it stands.",
+        "issue 6, To show",
+    ),
     # JSON and schemas
     "json.refused": Promise(
         "What is no JSON, too deep or ambiguous is refused and never forwarded.",

@@ -18,7 +18,7 @@ import asking
 import pytest
 import wire
 from asking import ACCEPT, ALL, form
-from conftest import Running, Start, child, eventually
+from conftest import Running, Start, child, eventually, planted
 from installed import ARCHIVE
 from promises import promise
 
@@ -55,7 +55,7 @@ async def _all_up(gateway: Running) -> bool:
 
 async def reload(gateway: Running, wanted: Json, event: str = "took over") -> None:
     """Write `wanted` where the config is, send SIGHUP, and wait for what the log says of it."""
-    text = wanted if isinstance(wanted, str) else json.dumps({"port": 0, **wanted})
+    text = wanted if isinstance(wanted, str) else json.dumps({"port": 0, **planted(wanted)})
     before = len([line for line in gateway.log if event in line])
     gateway.config.write_text(text)
     gateway.process.send_signal(signal.SIGHUP)

@@ -197,6 +197,9 @@ def _event(block: str) -> Event:
     return event
 
 
+EXTRA: dict[str, str] = {}  # headers of every request
+
+
 class Http:
     """Keep-alive connections to one origin; as many as there are requests at once."""
 
@@ -216,7 +219,7 @@ class Http:
         else:
             connection = await Connection.to(self.url, self._tls, self._source)
         self._open.add(connection)
-        sent = {"Host": urlsplit(self.url).netloc or "localhost", **(headers or {})}
+        sent = {"Host": urlsplit(self.url).netloc or "localhost", **EXTRA, **(headers or {})}
         if body or method == "POST":
             sent.setdefault("Content-Length", str(len(body)))
         await connection.send(method, target, sent, body)
