@@ -340,7 +340,10 @@ def adopt_orphans(adopt: bool) -> None:
 def alive(pid: int) -> bool:
     """Whether `pid` runs. An adopted orphan that has ended is a zombie until we end: that is dead."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return (
+            Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+            != "Z"
+        )
     except OSError:
         return False
 
@@ -353,7 +356,12 @@ def descendants() -> Iterator[tuple[int, str]]:
     zombies = set()
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            state, parent = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[:2]
+            state, parent = (
+                Path(f"/proc/{entry}/stat")
+                .read_text(errors="replace")
+                .rpartition(")")[2]
+                .split()[:2]
+            )
             parents.setdefault(int(parent), []).append(int(entry))
             if state == "Z":
                 zombies.add(int(entry))

@@ -681,6 +681,33 @@ def test_a_trickle_does_not_extend_the_time_for_a_head(loop: NewLoop) -> None:
 
 
 @LOOPS
+@pytest.mark.parametrize(
+    ("begin", "more"),
+    [(post(b"Content-Length: 500"), b"x"), (post(b"Transfer-Encoding: chunked"), b"1\r\nx\r\n")],
+)
+def test_a_trickle_does_not_extend_the_time_for_a_body(
+    loop: NewLoop, begin: bytes, more: bytes
+) -> None:
+    async def test() -> None:
+        async with served() as it:
+            client = await it.client()
+            await it.until_connections(1)
+            (connection,) = it.server.connections
+            client.send(begin)
+            for number in range(1, 30):
+                client.send(more)
+                async with asyncio.timeout(LIMIT):
+                    while connection._parser.held < number:
+                        await asyncio.sleep(0)
+                it.pass_time(1)
+            it.pass_time(2)
+            assert statuses(await client.rest()) == (408,)
+            await client.close()
+
+    run(loop, test())
+
+
+@LOOPS
 def test_an_idle_connection_is_closed_and_one_that_waits_for_its_answer_is_not(
     loop: NewLoop,
 ) -> None:
