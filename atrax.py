@@ -12771,8 +12771,8 @@ def _belongs(pid: int, child: int, place: str) -> bool:
         if pid == child:
             return True
         try:
-            with open(f"/proc/{pid}/stat") as file:
-                pid = int(file.read().rpartition(")")[2].split()[1])
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                pid = int(file.read().rpartition(b")")[2].split()[1])
         except (OSError, ValueError, IndexError):
             return False
     return False
@@ -12816,9 +12816,10 @@ def _open_files(pid: int) -> int:
 
 def _peak(pid: int) -> int:
     """The largest address space that `pid` has had, in bytes."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as file:
+    # Bytes: the name of a process is its own choice, and need not be UTF-8.
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status", "rb") as file:
         for line in file:
-            if line.startswith("VmPeak"):
+            if line.startswith(b"VmPeak"):
                 return int(line.split()[1]) * 1024
     return 0
 

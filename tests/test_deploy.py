@@ -82,7 +82,9 @@ async def test_atrax_and_a_sandboxed_server_run_under_the_units_filter_of_system
 
 def filters(pid: int) -> str:
     """How a process's system calls are filtered: 0 not at all, 2 by a program."""
-    return re.findall(r"^Seccomp:\s*(\d)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[0]
+    return re.findall(
+        r"^Seccomp:\s*(\d)", Path(f"/proc/{pid}/status").read_text(errors="replace"), re.MULTILINE
+    )[0]
 
 
 @promise("deploy.docker")

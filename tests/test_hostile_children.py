@@ -51,7 +51,7 @@ FLOODS = {
 
 def memory(gateway: Running, name: str) -> int:
     """A field of its memory in KiB: VmRSS, or VmHWM for the most that it ever was."""
-    status = Path(f"/proc/{gateway.pid}/status").read_text()
+    status = Path(f"/proc/{gateway.pid}/status").read_text(errors="replace")
     found = re.search(rf"{name}:\s+(\d+) kB", status)
     assert found
     return int(found[1])

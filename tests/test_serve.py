@@ -133,7 +133,10 @@ async def _told(gateway: Running, server: str, **order: object) -> str:
 def _alive(pid: int) -> bool:
     """Whether `pid` runs; one that has ended and was not reaped does not."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return (
+            Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+            != "Z"
+        )
     except OSError:
         return False
 

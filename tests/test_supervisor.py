@@ -158,7 +158,12 @@ async def house(servers: dict[str, Any], **options: Any) -> AsyncIterator[House]
 
 def alive(pid: int) -> bool:
     try:
-        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        state = (
+            pathlib.Path(f"/proc/{pid}/stat")
+            .read_text(errors="replace")
+            .rsplit(")", 1)[1]
+            .split()[0]
+        )
     except FileNotFoundError:
         return False
     return state != "Z"
