@@ -2038,9 +2038,11 @@ class Audit:
         return os.open(self._path, flags, 0o600)
 
     def _run(self) -> None:
-        while not self._closing:
+        closing = False
+        while not closing:
             self._work.wait()
             self._work.clear()
+            closing = self._closing  # before the last look, or what came behind it would be lost
             try:
                 self._write()
                 self._trouble = ""
@@ -3149,7 +3151,7 @@ class Connection(asyncio.Protocol):
                 shown = tls.getpeercert() or {}
                 certificate = _subject(shown)
                 self._until = self._server.now + _left(shown)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             self._server.unsecured(self, error)
             self._enter(Phase.LINGER)  # what comes now is no request
             self.abort()
@@ -3810,21 +3812,36 @@ def _download(url: str) -> bytes:
     """What is at `url`. Raises OSError, ValueError, HTTPException. In a thread of its own.
 
     No redirects, no proxy of the environment, no other scheme: the config says where the keys are."""
-    import urllib.request as web
+    import http.client
 
-    until = time.monotonic() + _FETCH_TIME
-    opener = web.OpenerDirector()
-    for handler in (web.HTTPHandler(), web.HTTPSHandler(), web.HTTPErrorProcessor(), web.HTTPDefaultErrorHandler()):  # fmt: skip
-        opener.add_handler(handler)
-    headers = {"Accept": "application/json", "User-Agent": f"atrax/{VERSION}"}
-    data = b""
-    with opener.open(web.Request(url, headers=headers), timeout=_FETCH_TIME / 2) as answer:
-        while part := answer.read1(65536):
-            data += part
-            if len(data) > _KEY_SET:
-                raise ValueError(f"more than {_KEY_SET} bytes")
-            if time.monotonic() > until:
-                raise ValueError(f"took more than {_FETCH_TIME:g} s")
+    where, until = urllib.parse.urlsplit(url), time.monotonic() + _FETCH_TIME
+    kinds = {"https": http.client.HTTPSConnection, "http": http.client.HTTPConnection}
+    connection = kinds[where.scheme.lower()](where.netloc, timeout=_FETCH_TIME / 2)
+
+    def cut() -> None:
+        with contextlib.suppress(OSError, AttributeError):  # it has ended, or not begun
+            connection.sock.shutdown(socket.SHUT_RDWR)
+
+    # Its timeout is for one read. A server that trickles, headers too, would hold this thread for
+    # ever, and the next fetch the next one.
+    end = threading.Timer(_FETCH_TIME, cut)
+    end.daemon = True
+    end.start()
+    try:
+        headers = {"Accept": "application/json", "User-Agent": f"atrax/{VERSION}"}
+        target = (where.path or "/") + (f"?{where.query}" if where.query else "")
+        connection.request("GET", target, headers=headers)
+        answer = connection.getresponse()
+        if answer.status != 200:
+            raise ValueError(f"HTTP {answer.status} {answer.reason}"[:200])
+        data: bytes = answer.read(_KEY_SET + 1)
+    finally:
+        end.cancel()
+        connection.close()
+        if time.monotonic() > until:
+            raise ValueError(f"took more than {_FETCH_TIME:g} s")
+    if len(data) > _KEY_SET:
+        raise ValueError(f"more than {_KEY_SET} bytes")
     return data
 
 
@@ -3960,7 +3977,8 @@ class _OAuth:
         # Handed on as long as a token means what it meant: `issued` knows a scope by it.
         kept = before is not None and before._auth == auth and before.grants == self.grants
         self._scopes: dict[frozenset[str], Scope] = before._scopes if before and kept else {}
-        self._issued = {id(scope) for scope in self._scopes.values()}
+        # Likewise the same object: tokens come in while a reload makes the next one of us.
+        self._issued: set[int] = before._issued if before and kept else set()
         self._generation = self.keys.generation
 
     def issued(self, scope: Scope) -> bool:
@@ -4043,6 +4061,7 @@ class _OAuth:
             if len(self._scopes) >= _SCOPES:
                 self._scopes.clear()
                 self._issued.clear()
+                self._verified.clear()  # they come with scopes that are not issued any more
             union = frozenset[Grant]().union(*(grants[name].grants for name in given))
             scope = self._scopes[given] = Scope([Grant()] if self.grants is None else union)
             self._issued.add(id(scope))
@@ -5170,7 +5189,8 @@ class _ModernCall(_Caller):
         if cacheable:
             public = have.get("cacheScope", "public" if outcome.public else "private") == "public"
             # A child's `public` is meant for its own clients; ours differ in what they may see.
-            public = public and (outcome.public or self.owner.principal == "anonymous")
+            # Nor is whoever is called "anonymous" nobody: a token may come with that name.
+            public = public and (outcome.public or self.owner is ANONYMOUS)
             want["ttlMs"] = 0 if self.retried else have.get("ttlMs", outcome.ttl_ms or 0)
             want["cacheScope"] = "public" if public else "private"
         if all(have.get(key) == value for key, value in want.items()):
@@ -10447,6 +10467,9 @@ NEEDS: Final = {
 TASK_METHODS: Final = ("tasks/get", "tasks/update", "tasks/result", "tasks/cancel")
 UNHEARD: Final = 3600.0  # seconds that a task without a ttl counts as running
 NAME_SHOWN: Final = 1000  # characters of a name or URI in the audit; a client may send 4 million
+# Bytes of arguments whose keys are sorted for their digest. Larger ones are taken in the order in
+# which they came: to sort 400,000 keys holds the loop for 0.3 s.
+SORTED: Final = 64 * 1024
 TASKS: Final = 10_000  # tasks that are remembered; past it the oldest is forgotten, and so unknown
 
 
@@ -10480,8 +10503,10 @@ class Account:
             content = params.get("arguments") or {}
         else:
             content = {key: value for key, value in params.items() if key != "_meta"}
-        canonical = orjson.dumps(content, option=orjson.OPT_SORT_KEYS)
-        digest = f"sha256:{hashlib.sha256(canonical).hexdigest()}"
+        data = orjson.dumps(content)
+        if len(data) <= SORTED:
+            data = orjson.dumps(content, option=orjson.OPT_SORT_KEYS)
+        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
         return cls(now, call.method, _target(params), digest, bool(call.place))
 
 
@@ -10688,9 +10713,8 @@ class Gateway:
         self.catalogue, self.subscriptions, self.clock = catalogue, subscriptions, clock
         self.draining = False  # calls in flight may finish, new ones are refused
         self.inflight: dict[str, int] = {}  # principal → calls under way
-        self._rates: dict[
-            str, tuple[float, float]
-        ] = {}  # principal → (calls left, when that was so)
+        # Principal → (calls left, when that was so); who called last stands last.
+        self._rates: OrderedDict[str, tuple[float, float]] = OrderedDict()
         self._tasks = tasks
         # Says what to tell an owner (for OAuth: which scope it needs) whose rights alone are in the
         # way of a server, and of the tool that /mcp shows by this name ("": of more than one tool).
@@ -10843,14 +10867,14 @@ class Gateway:
 
     def _wait(self, principal: str, rate: float) -> int:
         """Seconds until `principal` may call again, 0 for now: a bucket of `rate`, filled in a minute."""
-        now = self.clock()
-        left, since = self._rates.get(principal, (rate, now))
+        now, rates = self.clock(), self._rates
+        left, since = rates.pop(principal, (rate, now))
         left = min(rate, left + (now - since) * rate / 60)
-        if left < 1:
-            self._rates[principal] = (left, now)
-            return int((1 - left) * 60 / rate) + 1
-        self._rates[principal] = (left - 1, now)
-        return 0
+        rates[principal] = (left if left < 1 else left - 1, now)
+        # A bucket that has stood for a minute is full, as one that was never used.
+        while now - next(iter(rates.values()))[1] >= 60:
+            rates.popitem(last=False)
+        return int((1 - left) * 60 / rate) + 1 if left < 1 else 0
 
     def _astray(self, server: str, call: Call) -> Outcome | None:
         """The answer to a call that names a path outside of the server's `paths`; None if none does."""
@@ -14821,7 +14845,11 @@ class Atrax:
         """Who sent `request`, if they may see /status too: a rebound web page may not."""
         try:
             return self.identity.check(request)
-        except (HttpError, KeysNeeded):
+        except HttpError as error:
+            if error.event in ("auth.failed", "auth.slowed"):  # a guess, wherever it is made
+                self._refused(request, error)
+            return None
+        except KeysNeeded:
             return None
 
     def _server_path(self, request: HttpRequest, reply: Reply, owner: Owner) -> None:

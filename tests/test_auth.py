@@ -65,6 +65,19 @@ async def test_everything_but_probes_needs_a_token(atrax: Start) -> None:
 
 
 @promise("auth.token")
+async def test_a_guess_at_a_probe_is_as_loud_as_any(atrax: Start) -> None:
+    """/ready tells who has a right token more than others, so it can be asked whether one is right."""
+    gateway = await (await atrax(config())).ready()
+
+    for _ in range(12):
+        assert (await gateway.get("/ready", bearer("wrong-token-0815")))[0] == 200
+
+    metrics = (await gateway.get("/metrics", bearer(SECRET)))[1].decode()
+    assert 'atrax_events_total{event="auth.failed"} 10' in metrics
+    assert 'atrax_events_total{event="auth.slowed"} 2' in metrics
+
+
+@promise("auth.token")
 async def test_both_eras_work_with_a_token(atrax: Start) -> None:
     gateway = await (await atrax(config())).ready()
 

@@ -205,9 +205,12 @@ class Stand:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         request = HttpRequest(method, "/mcp", "", headers, data, "127.0.0.1")
         try:
-            self.clients.handle(
-                request, told, Owner(who, scope=self.scope, expires=self.expires), endpoint
-            )
+            owner = Owner(who, scope=self.scope, expires=self.expires)
+            unproved = (who, self.expires) == (
+                "anonymous",
+                atrax.math.inf,
+            ) and owner.scope.everything
+            self.clients.handle(request, told, atrax.ANONYMOUS if unproved else owner, endpoint)
         except HttpError as error:
             told.full(error.status, [("Content-Type", "application/json"), *error.headers], b"{}")
         return told
@@ -508,6 +511,16 @@ def test_lists_and_reads_say_how_long_they_hold(stand: Stand) -> None:
     told = stand.modern("resources/read", {"uri": "a:b"}, who="ann")
     stand.last.result(own)
     assert told.json["result"] == {**own, "cacheScope": "private"}
+
+
+def test_who_proves_to_be_called_anonymous_is_somebody(stand: Stand) -> None:
+    """A JWT's subject may be anything; a cache must not hand its answers to others."""
+    stand.expires = 2e9
+
+    told = stand.modern("resources/read", {"uri": "a:b"}, who="anonymous")
+    stand.last.result({"contents": [], "cacheScope": "public"})
+
+    assert told.json["result"]["cacheScope"] == "private"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import http.server
 import json
+import socketserver
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -403,8 +404,8 @@ async def test_unknown_keys_make_one_fetch_in_ten_seconds_and_leave_others_alone
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"status": 500}, "HTTP Error 500"),
-        ({"status": 302, "headers": {"Location": "file:///etc/passwd"}}, "HTTP Error 302"),
+        ({"status": 500}, "HTTP 500"),
+        ({"status": 302, "headers": {"Location": "file:///etc/passwd"}}, "HTTP 302"),
         ({"body": b"<html>"}, "Expecting value"),
         ({"body": b'{"keys": []}'}, "none of its 0 keys"),
         ({"body": b"[" * 100_000}, "nested too deep"),
@@ -467,6 +468,31 @@ def test_a_failed_fetch_keeps_the_keys_of_before(issuer: Issuer) -> None:
         assert [event.name for event in events] == ["auth.keys", "auth.keys_failed", "auth.keys"]
 
     asyncio.run(work())
+
+
+@promise("oauth.keys_missing")
+def test_a_key_server_that_trickles_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte in time, and never an end: the thread would be held, and with each fetch one more."""
+    monkeypatch.setattr(program, "_FETCH_TIME", 0.5)
+    gone = threading.Event()
+
+    class Trickle(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+            with contextlib.suppress(OSError):
+                while True:
+                    self.request.sendall(b"a")
+                    time.sleep(0.05)
+            gone.set()
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Trickle) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,)).start()
+        try:
+            with pytest.raises(ValueError, match=r"took more than 0\.5 s"):
+                program._download(f"http://127.0.0.1:{server.server_address[1]}/keys")
+            assert gone.wait(30)
+        finally:
+            server.shutdown()
 
 
 def test_who_waits_for_keys_is_bounded_and_may_leave(issuer: Issuer) -> None:
@@ -608,6 +634,28 @@ def test_what_was_opened_stands_while_tokens_mean_the_same(issuer: Issuer) -> No
         assert not new.stands(alice, now)
     other = identity(issuer, same, **rights(read=GRANTS["git"]))
     assert other.stands(who(other, issuer.token(scope="read")), now)
+
+
+def test_what_is_opened_while_a_reload_is_under_way_stands_after_it(issuer: Issuer) -> None:
+    """The next Identity is made, then the lock and certificates are read, then it takes over."""
+    old = identity(issuer, **rights(**GRANTS))
+    coming = identity(issuer, old, **rights(**GRANTS))
+    meanwhile = who(old, issuer.token(scope="read"))
+
+    assert coming.stands(meanwhile, time.time())
+    assert coming.stands(who(coming, issuer.token(scope="read", jti="2")), time.time())
+
+
+def test_more_sets_of_scopes_than_are_kept_end_nothing_for_good(
+    issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program, "_SCOPES", 1)
+    it = identity(issuer, **rights(**GRANTS))
+    alice = issuer.token(scope="read")
+    who(it, alice)
+    who(it, issuer.token(scope="git"))  # forgets the first set
+
+    assert it.stands(who(it, alice), time.time())
 
 
 # ---- the document, and step-up ----

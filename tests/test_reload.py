@@ -21,6 +21,9 @@ from asking import ACCEPT, ALL, form
 from conftest import Running, Start, child, eventually, planted
 from installed import ARCHIVE
 from promises import promise
+from recorded import Middle
+
+import atrax as program
 
 Json = Any
 SECRETS = {name: f"{name}-secret-0123456789" for name in ("ann", "bob", "cyd")}
@@ -343,6 +346,22 @@ async def test_who_calls_too_often_gets_429_and_another_principal_does_not(
         assert int(answer.headers["retry-after"]) >= 1
     metrics = (await gateway.get("/metrics", bearer("ann")))[1].decode()
     assert 'atrax_events_total{event="rate.refused"} 2' in metrics
+
+
+def test_what_is_remembered_of_rates_is_bounded() -> None:
+    """With OAuth anybody whom the issuer knows is a principal."""
+    middle = Middle({})
+    gateway = program.Gateway(
+        middle.config, middle.record, middle.catalogue, middle.subscriptions,
+        program.Policy(middle.record), middle.pool, middle.time, middle.tasks,
+    )  # fmt: skip
+
+    for number in range(1000):
+        middle.time.now = float(number)
+        assert gateway._wait(f"user-{number}", 1.0) == 0
+        assert gateway._wait(f"user-{number}", 1.0) == 61
+
+    assert len(gateway._rates) <= 60
 
 
 async def _in_flight(gateway: Running, count: int) -> bool:
