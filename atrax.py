@@ -1945,7 +1945,7 @@ class Log:
             "event": event.name,
             **event.fields,
         }
-        return orjson.dumps(body, default=str).decode()
+        return _json_line(body).decode()
 
     def _as_text(self, event: Event) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(event.time))
@@ -1999,10 +1999,10 @@ class Audit:
             return
         if self._lost:
             gap = {"time": round(event.time, 3), "event": "audit.failed", "lost": self._lost}
-            self._lines.append(orjson.dumps(gap, option=orjson.OPT_APPEND_NEWLINE))
+            self._lines.append(_json_line(gap) + b"\n")
             self._lost = 0
         line = {"time": round(event.time, 3), **event.fields}
-        self._lines.append(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+        self._lines.append(_json_line(line) + b"\n")
 
     def reopen(self) -> None:
         """Go on in the file that has the path now: the old one was renamed (logrotate)."""
@@ -2067,6 +2067,18 @@ class Audit:
                 self._batch, self._at = self._batch[start:], self._at - start
             else:
                 self._batch, self._at = b"", 0
+
+
+def _json_line(body: Mapping[str, Json]) -> bytes:
+    """`body` as JSON, with what drives a terminal, or turns text around in it, escaped: JSON itself
+    leaves U+009B as it is, and names in it come from anybody."""
+    line = orjson.dumps(body, default=str)
+    if line.isascii() and b"\x7f" not in line:
+        return line
+    return "".join(
+        char if char.isprintable() else json.dumps(char)[1:-1].replace("\x7f", "\\u007f")
+        for char in line.decode()
+    ).encode()
 
 
 def _printable(text: str) -> str:
@@ -10467,6 +10479,7 @@ NEEDS: Final = {
 TASK_METHODS: Final = ("tasks/get", "tasks/update", "tasks/result", "tasks/cancel")
 UNHEARD: Final = 3600.0  # seconds that a task without a ttl counts as running
 NAME_SHOWN: Final = 1000  # characters of a name or URI in the audit; a client may send 4 million
+ROUNDS: Final = 10  # further rounds that limits.rate allows for each call
 # Bytes of arguments whose keys are sorted for their digest. Larger ones are taken in the order in
 # which they came: to sort 400,000 keys holds the loop for 0.3 s.
 SORTED: Final = 64 * 1024
@@ -10713,8 +10726,8 @@ class Gateway:
         self.catalogue, self.subscriptions, self.clock = catalogue, subscriptions, clock
         self.draining = False  # calls in flight may finish, new ones are refused
         self.inflight: dict[str, int] = {}  # principal → calls under way
-        # Principal → (calls left, when that was so); who called last stands last.
-        self._rates: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        # Principal, and whether of further rounds → (calls left, when that was so); the latest last.
+        self._rates: OrderedDict[tuple[str, bool], tuple[float, float]] = OrderedDict()
         self._tasks = tasks
         # Says what to tell an owner (for OAuth: which scope it needs) whose rights alone are in the
         # way of a server, and of the tool that /mcp shows by this name ("": of more than one tool).
@@ -10855,7 +10868,7 @@ class Gateway:
         if running >= limits.inflight:
             reason = f"{running} calls are in flight; limits.inflight is {limits.inflight}"
             error = own_error(OVERLOADED, f"too many calls: {reason}", "inflight", retryAfter=1)
-        elif limits.rate and not call.place and (wait := self._wait(principal, float(limits.rate))):
+        elif limits.rate and (wait := self._wait(principal, float(limits.rate), bool(call.place))):
             text = f"limits.rate allows {limits.rate} calls a minute; try again in {wait} s"
             error = own_error(NOT_ALLOWED, text, "rate", retryAfter=wait)
         else:
@@ -10865,12 +10878,16 @@ class Gateway:
         self.record.alarm("rate.refused", error.message, **call.origin, method=call.method)
         return error
 
-    def _wait(self, principal: str, rate: float) -> int:
-        """Seconds until `principal` may call again, 0 for now: a bucket of `rate`, filled in a minute."""
-        now, rates = self.clock(), self._rates
-        left, since = rates.pop(principal, (rate, now))
+    def _wait(self, principal: str, rate: float, again: bool) -> int:
+        """Seconds until `principal` may call again, 0 for now: a bucket of `rate`, filled in a minute.
+
+        Further rounds of a call (`again`) have one of their own: they are no calls, but the state
+        that makes one can be sent any number of times."""
+        now, rates, key = self.clock(), self._rates, (principal, again)
+        rate *= ROUNDS if again else 1
+        left, since = rates.pop(key, (rate, now))
         left = min(rate, left + (now - since) * rate / 60)
-        rates[principal] = (left if left < 1 else left - 1, now)
+        rates[key] = (left if left < 1 else left - 1, now)
         # A bucket that has stood for a minute is full, as one that was never used.
         while now - next(iter(rates.values()))[1] >= 60:
             rates.popitem(last=False)

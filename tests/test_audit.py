@@ -317,6 +317,24 @@ def test_the_keys_of_large_arguments_are_not_sorted() -> None:
     assert kept(large) == f"sha256:{as_sent}"
 
 
+@pytest.mark.parametrize("char", ["\x7f", "\x9b", "\u2028", "\u202e", "\U000e0041"])
+def test_what_drives_a_terminal_is_escaped_in_json_lines(tmp_path: Path, char: str) -> None:
+    """Whoever looks at the file with `cat` runs what stands in it."""
+    fields = {"name": f"é{char}[31m", "message": ""}
+    event = program.Event(1.0, program.AUDITED, "error", fields)
+    audit = program.Audit(str(tmp_path / "audit"), program.Record())
+    audit(event)
+    audit.close(10)
+    with (tmp_path / "log").open("w") as stream:
+        log = program.Log("info", "json", stream)
+        log(event)
+        log.close(10)
+    for name in ("audit", "log"):
+        line = (tmp_path / name).read_text()
+        assert char not in line and "é" in line
+        assert json.loads(line)["name"] == fields["name"]
+
+
 # ---- The writer itself, on real files ----
 
 

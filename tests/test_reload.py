@@ -358,10 +358,26 @@ def test_what_is_remembered_of_rates_is_bounded() -> None:
 
     for number in range(1000):
         middle.time.now = float(number)
-        assert gateway._wait(f"user-{number}", 1.0) == 0
-        assert gateway._wait(f"user-{number}", 1.0) == 61
+        assert gateway._wait(f"user-{number}", 1.0, False) == 0
+        assert gateway._wait(f"user-{number}", 1.0, False) == 61
 
     assert len(gateway._rates) <= 60
+
+
+async def test_a_state_that_is_sent_again_and_again_is_held_to_the_rate(atrax: Start) -> None:
+    """A further round is no new call, but each one reaches the child."""
+    servers = {"m": child("rounds")}
+    gateway = await started(atrax, token("ann"), limits={"rate": 2}, mcpServers=servers)
+    ann = gateway.modern(headers=bearer("ann"), capabilities=ALL)
+    params = {"name": "m__act", "arguments": {"rounds": [{"k": form("?")}]}}
+    asked = await ann.request("tools/call", params)
+
+    sent, status = 0, 200
+    while status == 200 and sent < 1000:
+        status = (await ann.retry("tools/call", params, asked, {"k": ACCEPT})).status
+        sent += 1
+
+    assert (status, sent > 20) == (429, True)  # ten for each call that the rate allows
 
 
 async def _in_flight(gateway: Running, count: int) -> bool:
