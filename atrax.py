@@ -266,8 +266,9 @@ def become_child() -> None:
     The order is `{"parent": pid, "limits": [[rlimit, number], …]}`, and for a sandbox `"sandbox"`,
     as `confine` takes it, and `"channel"`, the descriptor of a socket that is told how that went;
     `"setuid": true` where programs below may gain privileges.
-    The environment is the child's own already: no secret passes through it. A failure is one line,
-    to the channel or to stderr, and exit code 127."""
+    The environment is the child's own, each name behind a colon: a library of LD_PRELOAD, which a child
+    may have written, must not be loaded before the child is bound. No secret passes through argv. A
+    failure is one line, to the channel or to stderr, and exit code 127."""
     import ctypes
     import json
     import os
@@ -309,7 +310,10 @@ def become_child() -> None:
         # Python's own descriptors close on exec; what a shell or an init system gave us does not.
         os.closerange(3, max(3, channel))
         os.closerange(max(3, channel + 1), os.sysconf("SC_OPEN_MAX"))
-        os.execve(command[0], command, os.environ)
+        environment = {
+            name[1:]: value for name, value in os.environb.items() if name.startswith(b":")
+        }
+        os.execve(command[0], command, environment)
     except (OSError, ValueError) as error:
         reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
         if channel >= 0:
@@ -441,6 +445,7 @@ def seal_mounts(writable: list[str]) -> bool:
 def restrict_files(order: Json) -> list[str]:
     """Enforce the `read`, `write` and `always` of `order` by Landlock; what this kernel's lacks."""
     import ctypes
+    import errno
     import os
     import stat
     import struct
@@ -474,12 +479,20 @@ def restrict_files(order: Json) -> list[str]:
     rules += [
         (f"/dev/{name}", 2 | 4, False) for name in ("null", "zero", "full", "random", "urandom")
     ]
+    # Through no link (openat2, RESOLVE_NO_SYMLINKS): what the config named was followed when that was
+    # read, and a child with `write` above it may have put one there since.
+    flags = os.O_PATH | os.O_CLOEXEC
     for path, rights, needed in rules:
-        try:
-            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        except OSError as error:
-            if needed:
-                raise OSError(error.errno, f"sandbox: {path}: {error.strerror}") from None
+        place = call(437, -100, os.fsencode(path), struct.pack("3Q", flags, 0, 4 * needed), 24)
+        if place < 0 and needed:
+            error = ctypes.get_errno()
+            why = (
+                "has become a link since Atrax started"
+                if error == errno.ELOOP
+                else os.strerror(error)
+            )
+            raise OSError(error, f"sandbox: {path}: {why}")
+        if place < 0:
             continue
         if not stat.S_ISDIR(os.fstat(place).st_mode):
             rights &= of_files
@@ -1284,6 +1297,12 @@ def _absolute(folder: str, path: Json) -> Json:
     return os.path.normpath(os.path.join(folder, os.path.expanduser(path)))
 
 
+def _followed(folder: str, path: Json) -> Json:
+    """`path` as seen from `folder`, links followed now: a server may put others there later."""
+    path = _absolute(folder, path)
+    return os.path.realpath(path) if isinstance(path, str) and "\0" not in path else path
+
+
 def _inside(folder: str, path: Json) -> Json:
     """`path` as seen from `folder` in a container, of which this machine's links say nothing."""
     return posixpath.normpath(posixpath.join(folder, path)) if isinstance(path, str) else path
@@ -1431,11 +1450,12 @@ class _ConfigReader:
         for key, part in (("paths", "dirs"), ("sandbox", "read"), ("sandbox", "write")):
             holder = entry.get(key) if isinstance(cwd, str) else None
             if isinstance(holder, dict) and isinstance(dirs := holder.get(part), list):
-                holder[part] = [within(entry.get("cwd", "/"), one) for one in dirs]
+                follow = _followed if key == "sandbox" else within
+                holder[part] = [follow(entry.get("cwd", "/"), one) for one in dirs]
         mounts = container.get("mounts") if isinstance(container, dict) else None
         for mount in mounts if isinstance(mounts, list) else ():
             if isinstance(mount, dict) and "source" in mount:
-                mount["source"] = _absolute(self.folder, mount["source"])
+                mount["source"] = _followed(self.folder, mount["source"])
 
     def tool_lists(self, entry: dict[str, Json], path: tuple[str, str]) -> None:
         """Other clients' lists of tools become `tools.allow` and `tools.deny`."""
@@ -1883,6 +1903,10 @@ class Throttle:
         if self._passed > self._most:
             self._left_out += 1
         return self._passed <= self._most
+
+    def skip(self, number: int) -> None:
+        """Count `number` lines that were not even looked at."""
+        self._left_out += number
 
     def left_out(self, now: float) -> int:
         """How many were left out, told once and after their window; `now` may be infinite."""
@@ -12273,6 +12297,7 @@ INSTALLED_BY: Final = {
     "uvx": "uv", "uv": "uv", "npx": "Node.js", "npm": "Node.js", "node": "Node.js",
     "bunx": "Bun", "bun": "Bun", "deno": "Deno", "docker": "Docker", "podman": "Podman",
 }  # fmt: skip
+ENVIRONMENT: Final = 2**18  # bytes of a descendant's environment in which its mark is looked for
 PR_SET_CHILD_SUBREAPER: Final = 36
 KILL: Final = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has the latter alone
 
@@ -12328,7 +12353,8 @@ def launch(config: ServerConfig, place: str = "") -> Launch:
     limits = [(limit, most) for limit, most in bounds.items() if most is not None]
     own = ARCHIVE or os.path.abspath(__file__)
     bundled = [own, *sys.path] if (config.command or "").startswith("bundled:") else []
-    order = _sandbox_order(sandbox, [*installation(program, search), *bundled])
+    needs = installation(program, search, sandbox.write)
+    order = _sandbox_order(sandbox, [*needs, *bundled])
     return Launch((program, *arguments), environment, cwd, order, tuple(limits))
 
 
@@ -12341,6 +12367,8 @@ def _in_container(
     for mount in box.mounts:
         if not os.path.exists(mount.source):
             raise Unstartable(f'container.mounts: "{mount.source}" does not exist')
+        if os.path.realpath(mount.source) != mount.source:  # by a server that may write above it
+            raise Unstartable(f'container.mounts: "{mount.source}" has become a link')
     name, memory = f"atrax-{place or secrets.token_hex(8)}", box.memory
     options = [
         *("--rm", "--interactive", f"--name={name}", "--pull=never", "--log-driver=none"),
@@ -12519,6 +12547,7 @@ _REFUSED: Final[_Numbers] = {  # what only an attack, a debugger or another sand
     "settimeofday": (164, 170), "clock_settime": (227, 112), "adjtimex": (159, 171),
     "clock_adjtime": (305, 266), "sethostname": (170, 161), "setdomainname": (171, 162),
 }  # fmt: skip
+_NEWEST: Final = 469  # of the calls that were looked at (Linux 6.18); later ones are as if absent
 _DEADLY: Final[_Numbers] = {  # to try them is to attack the system
     "kexec_load": (246, 104), "kexec_file_load": (320, 294), "init_module": (175, 105),
     "finit_module": (313, 273), "delete_module": (176, 106), "reboot": (169, 142),
@@ -12537,6 +12566,8 @@ _OWN_ONLY: Final[dict[str, tuple[int, int, int]]] = {
     "sched_setattr": (314, 274, 0), "ioprio_set": (251, 30, 1), "move_pages": (279, 239, 0),
     "migrate_pages": (256, 238, 0),
 }  # fmt: skip
+# The first argument by which these name a user's processes; then 0 is all of the caller's own user.
+_OF_USERS: Final = {"setpriority": 2, "ioprio_set": 3}
 _SPECIAL: Final[_Numbers] = {
     "socket": (41, 198), "socketpair": (53, 199), "clone": (56, 220), "prlimit64": (302, 261),
     "kill": (62, 129),
@@ -12581,19 +12612,22 @@ def _programs(network: bool) -> tuple[int, str, str] | None:
     if processor is None:
         return None
     column, machine, number = processor
-    main, isolated = _main_filter(column, network), _list(_ISOLATED, column, _ERRNO | 1)
+    main, isolated = _main_filter(column, network), _isolated_filter(column)
     return number, _assembled(machine, main).hex(), _assembled(machine, isolated).hex()
 
 
-def installation(program: str, search: str) -> list[str]:
+def installation(program: str, search: str, write: Sequence[str] = ()) -> list[str]:
     """What the file `program` needs of the directories that it and its interpreter are installed in.
 
-    `search` is PATH, for `#!/usr/bin/env`."""
+    `search` is PATH, for `#!/usr/bin/env`. Nothing in `write` says what is needed: an earlier process
+    may have put a link there, or the first line of a script, that names what it may not read."""
     found: list[str] = []
     hop = program
     for _ in range(16):  # each link on the way: a virtual environment is found by its own path
-        found.append(hop)
         folder = os.path.dirname(hop)
+        if any(_lies_below(os.path.realpath(folder), one) for one in write):
+            return found
+        found.append(hop)
         if os.path.basename(folder) in ("bin", "sbin", "Scripts"):
             prefix = os.path.dirname(folder)
             found += [os.path.join(prefix, part) for part in ("bin", "lib", "lib64", "libexec")]
@@ -12605,7 +12639,7 @@ def installation(program: str, search: str) -> list[str]:
         hop = os.path.normpath(os.path.join(folder, os.readlink(hop)))
     found.append(os.path.realpath(program))
     interpreter = _interpreter(program, search)
-    return found + (installation(interpreter, search) if interpreter else [])
+    return found + (installation(interpreter, search, write) if interpreter else [])
 
 
 def _interpreter(program: str, search: str) -> str | None:
@@ -12647,8 +12681,12 @@ def _main_filter(column: int, network: bool) -> list[_Instruction]:
         families += [(_EQUAL, 0, 3, _NETLINK), _argument(2), (_EQUAL, 0, 1, 0), allow]
     special = {
         "socket": [_argument(0), *families, refuse],
-        # A stream's ends are connected for good; a datagram can be sent to any name.
-        "socketpair": [_argument(1), (_AND, 0, 0, 15), (_EQUAL, 1, 0, 2), allow, refuse],
+        # The ends of a stream (1, 5) are connected for good; a datagram can be sent to any name, and
+        # what Unix calls raw (3) is one.
+        "socketpair": [
+            *(_argument(0), (_EQUAL, 0, 5, 1)),
+            *(_argument(1), (_AND, 0, 0, 15), (_EQUAL, 1, 0, 1), (_EQUAL, 0, 1, 5), allow, refuse),
+        ],
         "clone": [_argument(0), (_ANY_BIT, 0, 1, _NEW_SPACES), refuse, allow],
         "prlimit64": [
             *(_argument(0), (_EQUAL, 4, 0, 0)),
@@ -12658,11 +12696,27 @@ def _main_filter(column: int, network: bool) -> list[_Instruction]:
         "kill": [(_RETURN, 0, 0, _WATCH)],
     }
     lines = [line for name, body in special.items() for line in _case(_SPECIAL[name][column], body)]
-    for row in _OWN_ONLY.values():
-        body = [_argument(row[2]), (_EQUAL, 0, 1, 0), allow, (_RETURN, 0, 0, _ERRNO | 1)]
+    eperm: _Instruction = (_RETURN, 0, 0, _ERRNO | 1)
+    for name, row in _OWN_ONLY.items():
+        users = [_argument(0), (_EQUAL, 0, 1, _OF_USERS.get(name, 0)), eperm] if row[2] else []
+        body = [*users, _argument(row[2]), (_EQUAL, 0, 1, 0), allow, eperm]
         lines += _case(row[column], body)
     lines += _list(_REFUSED, column, _TELL) + _list(_DEADLY, column, _KILL)
-    return lines + _list(_ABSENT, column, _ERRNO | errno.ENOSYS)
+    absent: _Instruction = (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)
+    lines += [(_AT_LEAST, 0, 1, _NEWEST + 1), absent]
+    return lines + _list(_ABSENT, column, absent[3])
+
+
+def _isolated_filter(column: int) -> list[_Instruction]:
+    """What takes the place of read-only mounts and of an IPC namespace."""
+    eperm: _Instruction = (_RETURN, 0, 0, _ERRNO | 1)
+    # Flags, versions, keys, subvolumes of a file that may only be read: by the letter of the request.
+    flags = [_argument(1), (_AND, 0, 0, 0xFF00)]
+    for letter in b"fvX\x94":
+        flags += [(_EQUAL, 0, 1, letter << 8), eperm]
+    allow: _Instruction = (_RETURN, 0, 0, _ALLOW)
+    ioctl = _case((16, 29)[column], [*flags, allow])
+    return ioctl + _list(_ISOLATED, column, eperm[3])
 
 
 def _assembled(machine: int, body: list[_Instruction]) -> bytes:
@@ -12786,7 +12840,7 @@ class Guard:
             act = "kill of a process that is not its own"
         elif name == "socket":
             kind = {1: "TCP", 2: "UDP"}.get(arguments[1] & 15, "raw")
-            family = arguments[0] & 0xFFFFFFFF
+            family = min(arguments[0] & 0xFFFFFFFF, 99)  # so that there are not too many acts
             act = {
                 1: "Unix socket",
                 _INET: f"{kind} socket",
@@ -12977,7 +13031,8 @@ def _adopted(pids: Container[int]) -> list[int]:
 def _place_of(pid: int) -> str | None:
     """The place of the child that `pid` descends from; None if it does not say."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
-        for entry in file.read().split(b"\0"):
+        # Bounded: a process may call any memory of its own its environment (PR_SET_MM_MAP).
+        for entry in file.read(ENVIRONMENT).split(b"\0"):
             name, _, value = entry.partition(b"=")
             if name == MARK.encode():
                 return value.decode(errors="replace")
@@ -13009,6 +13064,7 @@ REST: Final = 0.1  # seconds that a pause takes at most
 SMALL_PART: Final = 4096  # bytes; the parts of a long line are no smaller, so they are not too many
 STDERR_LINE: Final = 8192  # bytes of one line on stderr that are kept
 STDERR_RATE: Final = 200  # lines a second of one child that are logged
+LAST_LINES: Final = 4  # at the end of a flood, of which one is its last that says something
 LAST_LINE: Final = 300  # characters of its last line that a message quotes
 PATIENCE: Final = 2.0  # seconds between the rungs of `Child.stop`
 REMOVAL: Final = 10.0  # seconds that an engine may take to remove a container
@@ -13178,6 +13234,7 @@ class Child:
         self._way, channel = way, -1
         # What an engine's client starts is the engine's to end, and bears no mark of ours.
         mark = {} if way.removal else {MARK: self.place}
+        before = ":" if LINUX else ""  # the stage takes it away
         if way.sandbox is not None:
             self._guard = Guard(self.place, self._loop, self._reported, self.denied)
             channel = self._guard.channel
@@ -13188,7 +13245,7 @@ class Child:
                 stdout=stdout,
                 stderr=stderr,
                 cwd=way.cwd,
-                env={**way.environment, **mark},
+                env={before + name: value for name, value in {**mark, **way.environment}.items()},
                 start_new_session=True,
                 # The stage closes what is open; done here, it would walk through 20,000 sockets.
                 close_fds=not LINUX,
@@ -13506,6 +13563,10 @@ class Stderr:
     def feed(self, data: bytes) -> None:
         """Bytes as they come."""
         *lines, rest = data.split(b"\n")
+        # No more than these could be logged: 64 KiB of empty lines would hold the loop for 90 ms.
+        skipped = lines[STDERR_RATE:-LAST_LINES]
+        del lines[STDERR_RATE:-LAST_LINES]
+        self._throttle.skip(len(skipped) - skipped.count(b""))
         for line in lines:
             self._line(self._rest + line[:STDERR_LINE])
             self._rest = b""
@@ -13513,10 +13574,10 @@ class Stderr:
         self._rest = (self._rest + rest[:STDERR_LINE])[:STDERR_LINE]
 
     def _line(self, line: bytes) -> None:
-        passes = self._throttle.passes(self._clock())
         text = _ANSI.sub(b"", line[:STDERR_LINE]).decode(errors="replace").rstrip()
         if not text:
             return
+        passes = self._throttle.passes(self._clock())
         if not _NO_REASON.match(text):
             self.last = text
         if passes:

@@ -396,6 +396,10 @@ PROMISES: Final = {
     "sandbox.ends": Promise(
         "Descendants of a sandboxed child end with it and with Atrax.", "DESIGN, Safe by default"
     ),
+    "sandbox.before": Promise(
+        "What a child wrote cannot act before its successor is bound, nor widen what that may do.",
+        "issue 6, item 4",
+    ),
     "sandbox.refused": Promise(
         "Where the kernel cannot do what a sandbox asks, that server fails with what is missing and the others run.",
         "DESIGN, Config, sandbox",

@@ -343,6 +343,24 @@ def test_a_source_that_is_missing_is_named(
         program.launch(program.ServerConfig(container=container))
 
 
+def test_a_source_that_became_a_link_is_mounted_no_more(
+    podman: StandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", podman.environment["PATH"])
+    source = tmp_path / "shared" / "mine"
+    source.mkdir(parents=True)
+    (tmp_path / "named").symlink_to(source)
+    mounts = [{"source": str(tmp_path / "named"), "target": "/x"}]
+    entry = {"container": {"image": "a", "mounts": mounts}}
+    server = Config.load(json.dumps({"mcpServers": {"one": entry}})).servers["one"]
+    # The link that the config named was followed when that was read.
+    assert any(f"source={source.resolve()}," in one for one in program.launch(server).command)
+    source.rmdir()
+    source.symlink_to("/etc")  # by another server, which may write to shared
+    with pytest.raises(Unstartable, match="has become a link"):
+        program.launch(server)
+
+
 # ---- what holds, with podman ----
 
 

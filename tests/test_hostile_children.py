@@ -144,3 +144,15 @@ async def test_a_chunk_of_many_lines_is_handed_on_in_order_over_several_turns() 
 
     assert 0 < first < len(lines)
     assert got == [*lines, b"more"]
+
+
+def test_of_a_chunk_of_stderr_no_more_is_looked_at_than_can_be_logged() -> None:
+    record, seen = program.Record(), list[Json]()
+    record.watch(seen.append)
+    stderr = program.Stderr("bad", record, lambda: 1.0)
+    stderr.feed(b"said\n" * 60_000 + b"\n" * 60_000 + b"the last\n\n\n")
+    stderr.end()
+    logged = [event for event in seen if event.name == "child.stderr"]
+    assert len(logged) == program.STDERR_RATE
+    assert stderr.last == "the last"
+    assert "left out 59801 lines" in str(seen[-1])

@@ -346,7 +346,9 @@ async def test_a_child_without_network_reaches_no_socket_and_each_try_is_an_even
             assert await attempt(gateway, "connect", kind=kind, port=port) == "EPERM", name
         for path in (str(house.root / "unix"), f"@atrax-test-{os.getpid()}"):
             assert await attempt(gateway, "connect", path=path) == "EPERM"
-        assert await attempt(gateway, "dgram", path=str(house.root / "datagrams")) == "EPERM"
+        for kind in (socket.SOCK_DGRAM, socket.SOCK_RAW):  # to Unix both are datagrams
+            path = str(house.root / "datagrams")
+            assert await attempt(gateway, "dgram", path=path, kind=kind) == "EPERM"
         assert await attempt(gateway, "io_uring") == "ENOSYS"
         for act in ("TCP socket", "UDP socket", "Unix socket", "pair of datagram sockets"):
             await shown(gateway, "sandbox.denied", server="tries", act=act)
@@ -390,6 +392,10 @@ async def test_a_child_cannot_touch_atrax_or_its_siblings_and_each_try_is_an_eve
             got = await attempt(gateway, act, pid=target)
             assert got == "EPERM", (act, target, got)
     assert await attempt(gateway, "kill", pid=-1) == "done"  # to nobody: so kill(2) says it
+    # Process 0 of "all of this user's" are Atrax and the siblings too.
+    assert await attempt(gateway, "nice", which=os.PRIO_USER) == "EPERM"
+    assert await attempt(gateway, "nice_io") == "EPERM"
+    assert await attempt(gateway, "nice") == "done"
     for act in ("unshare", "clone", "keyring"):
         assert await attempt(gateway, act) == "EPERM"
     assert await attempt(gateway, "setns", path=f"/proc/{gateway.pid}/ns/net") == "EACCES"
@@ -485,6 +491,18 @@ async def test_processes_are_limited_or_root_is_told_that_they_cannot_be(house: 
     assert (await attempt(gateway, "helper", "other")) == "done -15"
 
 
+@promise("sandbox.limits")
+async def test_what_a_child_says_of_itself_in_proc_is_read_with_care(house: House) -> None:
+    gateway = await house.serve({"tries": house.server(files=64)})
+    assert await attempt(gateway, "rename_itself") == "done"
+    orphan = (await attempt(gateway, "huge_environment")).removeprefix("done ")
+    assert orphan.isdigit(), orphan
+    assert (await attempt(gateway, "open")).startswith("done EMFILE")
+    await shown(gateway, "sandbox.limit", server="tries", limit="files")
+    status = Path(f"/proc/{gateway.pid}/status").read_text()
+    assert int(status.partition("VmHWM:")[2].split()[0]) < 2**19, "KiB: it read 1 GiB of zeros"
+
+
 # ---- ends ----
 
 
@@ -551,6 +569,7 @@ async def test_without_namespaces_seccomp_stops_what_they_would_have(house: Hous
     assert await attempt(gateway, "write", path=own) == "done"
     for act in ("chmod", "chown", "touch", "label"):
         assert await attempt(gateway, act, path=secret) == "EPERM", act
+    assert await attempt(gateway, "flag", path=str(house.root / "read" / "file")) == "EPERM"
     # It cannot tell which file is meant: nobody in there may, and SECURITY says so.
     assert await attempt(gateway, "chmod", path=own) == "EPERM"
     assert await attempt(gateway, "truncate", path=secret) == "EACCES"
@@ -625,6 +644,87 @@ def test_a_failure_of_the_stage_never_execs(tmp_path: Path) -> None:
         said = json.loads(ours.recv(65536))
     assert (done.returncode, done.stdout) == (127, "")
     assert "failed" in said
+
+
+# ---- what a child leaves for the next one ----
+
+
+@pytest.fixture(scope="module")
+def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library that says in whose memory it is, and whether that may read /etc/shadow."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    folder = tmp_path_factory.mktemp("library")
+    (folder / "evil.c").write_text(
+        "#include <fcntl.h>\n#include <unistd.h>\n"
+        "__attribute__((constructor)) static void ran(void) {\n"
+        '  if (open("/etc/hostname", O_RDONLY) >= 0) write(2, "loaded outside\\n", 15);\n'
+        '  else write(2, "loaded inside\\n", 14);\n}\n'
+    )
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "evil.so", folder / "evil.c"], check=True)  # fmt: skip
+    return folder / "evil.so"
+
+
+@promise("sandbox.before")
+async def test_a_library_that_a_child_wrote_is_loaded_inside_alone(
+    house: House, preloaded: Path
+) -> None:
+    library = house.root / "write" / "evil.so"
+    shutil.copy(preloaded, library)
+    library.chmod(0o755)
+    gateway = await house.serve({"tries": {**house.server(), "env": {"LD_PRELOAD": str(library)}}})
+    assert any("loaded inside" in line for line in gateway.log), str(gateway)
+    assert not any("loaded outside" in line for line in gateway.log)
+
+
+@promise("sandbox.before")
+def test_what_a_child_can_write_does_not_say_what_it_may_read(tmp_path: Path) -> None:
+    secret, write = tmp_path / "secret", tmp_path / "write"
+    (secret / "bin").mkdir(parents=True)
+    write.mkdir()
+    (secret / "bin" / "tool").write_text("#!/bin/sh\n")
+    (secret / "bin" / "tool").chmod(0o755)
+    config = Config.load(json.dumps({"mcpServers": {"one": {
+        "command": str(write / "server"), "sandbox": {"write": [str(write)]},
+    }}}))  # fmt: skip
+
+    def readable() -> set[str]:
+        order = source.launch(config.servers["one"]).sandbox
+        assert order is not None
+        return {path for path in order["always"] if path.startswith(str(secret))}
+
+    # The kernel runs "-x" from `cwd`, and who takes that for an option reads the secret as interpreter.
+    (write / "server").write_text(f"#!-x {secret}\n")
+    (write / "server").chmod(0o755)
+    assert not readable()
+    (write / "server").unlink()
+    (write / "server").symlink_to(secret / "bin" / "tool")
+    assert not readable()
+
+
+@promise("sandbox.before")
+async def test_a_directory_that_became_a_link_gives_no_right(house: House) -> None:
+    outer, inner = house.root / "write", house.root / "write" / "inner"
+    inner.mkdir()
+    os.chown(inner, *[os.getuid() if house.user is None else house.user] * 2)
+    servers = {
+        "tries": house.server(write=[str(outer)]),
+        "other": house.server(write=[str(inner)]),
+    }
+    gateway = await house.serve(servers)
+    secret = str(house.root / "out" / "secret")
+    assert await attempt(gateway, "read", "other", path=secret) == "EACCES"
+    assert await attempt(gateway, "rename", src=str(inner), dst=str(outer / "moved")) == "done"
+    assert await attempt(gateway, "symlink", src=str(house.root / "out"), dst=str(inner)) == "done"
+    os.kill(int((await attempt(gateway, "pid", "other")).split()[1]), 9)
+
+    async def failed() -> bool:
+        return bool((await gateway.status())["servers"]["other"]["state"] == "failed")
+
+    await eventually(failed, "it was started again in another directory")
+    error = (await gateway.status())["servers"]["other"]["lastError"]
+    assert str(inner) in error and "link" in error
 
 
 # ---- what it says and how it is made ----
@@ -714,7 +814,10 @@ def test_the_filter_says_what_it_is_meant_to_on_every_processor(name: str) -> No
             assert ask(numbers["socket"], family, 1, 0) == expected, family
         assert ask(numbers["socket"], 16, 3, 9) == tell  # NETLINK_AUDIT
         assert ask(numbers["socketpair"], 1, 1 | 0o2000000) == allow
-        assert ask(numbers["socketpair"], 1, 2 | 0o2000000) == tell
+        assert ask(numbers["socketpair"], 1, 5) == allow  # whole messages, but connected
+        for kind in (2, 2 | 0o2000000, 3, 4):
+            assert ask(numbers["socketpair"], 1, kind) == tell
+        assert ask(numbers["socketpair"], 30, 1) == tell  # TIPC
         assert ask(numbers["clone"], 0x3D0F00) == allow  # a thread
         for bit in (17, 25, 26, 27, 28, 29, 30):
             assert ask(numbers["clone"], 1 << bit) == tell
@@ -728,6 +831,8 @@ def test_the_filter_says_what_it_is_meant_to_on_every_processor(name: str) -> No
             assert ask(row[column], *arguments) == allow
             arguments[row[2]] = 9
             assert ask(row[column], *arguments) == eperm
+        for call, user in (("setpriority", 2), ("ioprio_set", 3)):
+            assert ask(source._OWN_ONLY[call][column], user, 0) == eperm
         for calls, expected in (
             (source._REFUSED, tell),
             (source._DEADLY, kill),
@@ -738,6 +843,7 @@ def test_the_filter_says_what_it_is_meant_to_on_every_processor(name: str) -> No
         assert ask({"x86_64": 1, "aarch64": 64}[name]) == allow  # write
         assert judged(program, machine ^ 1, 1) == kill
         assert ask(0x40000001) == kill  # x32
+        assert ask(source._NEWEST + 1) == enosys  # what a later kernel can do, nobody has looked at
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,6 +18,7 @@ import os
 import platform
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -61,8 +62,8 @@ def connect(kind: str = "", port: int = 0, path: str = "") -> None:
         one.send(b"hello")
 
 
-def dgram(path: str) -> None:
-    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+def dgram(path: str, kind: int = socket.SOCK_DGRAM) -> None:
+    one, other = socket.socketpair(socket.AF_UNIX, kind)
     with one, other:
         one.sendto(b"hello", path)
 
@@ -127,6 +128,53 @@ def limit(pid: int) -> None:
 
 def setns(path: str) -> None:
     checked(LIBC.setns(os.open(path, os.O_RDONLY), 0))
+
+
+def nice(pid: int = 0, which: int = os.PRIO_PROCESS) -> None:
+    """As nice as it is: to have asked changes nothing."""
+    os.setpriority(which, pid, os.getpriority(which, pid))
+
+
+def rename_itself() -> None:
+    """A name that is no text in any encoding."""
+    checked(LIBC.prctl(15, b"\xff\xfe)"))
+
+
+def flag(path: str) -> None:
+    """Set the file's inode flags to what they are (FS_IOC_SETFLAGS), by a descriptor that only reads."""
+    import fcntl
+
+    with open(path, "rb") as file:
+        flags = fcntl.ioctl(file, 0x80086601, bytes(8))
+        fcntl.ioctl(file, 0x40086602, flags)
+
+
+def huge_environment() -> str:
+    """A grandchild in a session of its own, orphaned, that calls 1 GiB its environment (PR_SET_MM_MAP); its pid."""
+    import mmap
+
+    # Its own are its parent's: the sandbox lets nobody read /proc/self but that.
+    with open("/proc/self/stat", "rb") as file:
+        stat = [0, *map(int, file.read().rpartition(b")")[2].split()[1:])]  # from field 3 on
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        if os.fork():
+            os._exit(0)
+        os.setsid()
+        large, flags = 2**30, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+        LIBC.mmap.restype = LIBC.sbrk.restype = ctypes.c_void_p
+        at = LIBC.mmap(None, ctypes.c_size_t(large), mmap.PROT_READ, flags, -1, ctypes.c_long(0))
+        code, data, args = stat[23:25], stat[42:44], stat[45:47]
+        fields = [*code, *data, stat[44], LIBC.sbrk(0), stat[25], *args, at, at + large]
+        words = struct.pack("11QQIi", *fields, 0, 0, -1)
+        done = LIBC.prctl(35, 14, words, ctypes.c_ulong(len(words)), 0)
+        said = str(os.getpid()) if done == 0 else errno.errorcode[ctypes.get_errno()]
+        os.write(writer, said.encode())
+        time.sleep(600)
+        os._exit(0)
+    os.close(writer)
+    os.wait()
+    return os.read(reader, 100).decode()
 
 
 def foreign() -> None:
@@ -196,7 +244,11 @@ ACTS = {
     "ptrace": lambda pid: call(101, 117, 16, pid, 0, 0),  # PTRACE_ATTACH
     "peek": peek,
     "limit": limit,
-    "nice": lambda pid: os.setpriority(os.PRIO_PROCESS, pid, 19),
+    "nice": nice,
+    "nice_io": lambda: call(251, 30, 3, 0, 2 << 13),  # IOPRIO_WHO_USER
+    "rename_itself": rename_itself,
+    "flag": flag,
+    "huge_environment": huge_environment,
     "kill": lambda pid, signal=9: os.kill(pid, signal),
     "thread_kill": lambda pid: call(234, 131, pid, pid, 9),  # tgkill
     "setns": setns,
