@@ -2409,9 +2409,8 @@ class Call:
     owner: Owner
     version: str  # the protocol version that the client speaks; Policy checks params by it
     endpoint: str = ""  # the server's name on /servers/NAME/mcp, "" on /mcp
-    capabilities: dict[str, Json] = dataclasses.field(
-        default_factory=dict
-    )  # what the client can be asked
+    # What the client can be asked
+    capabilities: dict[str, Json] = dataclasses.field(default_factory=dict)
     client: dict[str, Json] | None = None  # clientInfo
     log_level: str | None = None  # the lowest level the client wants; None: it did not say
     progress: bool = False  # whether the client sent a progressToken
@@ -2488,13 +2487,11 @@ def own_error(code: int, message: str, reason: str, server: str = "", **more: Js
 class Reply(Protocol):
     """One HTTP response. Either `full`, or `head`, any number of `write`, and `end`. Never raises for a gone client."""
 
-    closed: (
-        Callable[[], None] | None
-    )  # set by the handler; called once if the client goes before the end
+    # Set by the handler; called once if the client goes before the end
+    closed: Callable[[], None] | None
     stalled: bool  # the reader does not keep up: more than the high-water mark is waiting
-    extra: Sequence[
-        tuple[str, str]
-    ]  # headers that go with whatever is answered (CORS); set by the wiring
+    # Headers that go with whatever is answered (CORS); set by the wiring
+    extra: Sequence[tuple[str, str]]
     id: str  # the request's, sent as X-Request-Id; the wiring may set another one
 
     @property
@@ -3265,7 +3262,8 @@ class Connection(asyncio.Protocol):
 
     def _answer(self, request: HttpRequest) -> None:
         self._enter(Phase.ANSWER)
-        self.last = self._parser.last or self._server.draining
+        # It stays so: a request that was under way at `drain` is the last one.
+        self.last = self.last or self._parser.last or self._server.draining
         ident = request.id = self._server.next_id()
         reply = self._reply = HttpReply(self, self._parser.chunks, request.method != "HEAD", ident)
         try:
@@ -7047,9 +7045,8 @@ class _Stock:
     kind: Kind
     entries: dict[str, Entry] = dataclasses.field(default_factory=dict)  # by local name
     hidden: list[_Hidden] = dataclasses.field(default_factory=list)
-    withheld: dict[str, _Hidden] = dataclasses.field(
-        default_factory=dict
-    )  # by a pin; by local name
+    # By a pin; by local name
+    withheld: dict[str, _Hidden] = dataclasses.field(default_factory=dict)
     raw: list[Json] = dataclasses.field(default_factory=list)  # as its server sent it
     told: frozenset[_Hidden] = frozenset()  # what the log has already
     told_alike: frozenset[tuple[str, str]] = frozenset()  # likewise
@@ -9264,9 +9261,8 @@ class _Schema:
         # sent. 64 units, 13 us, for 1 MiB; none for honest schemas.
         self.weight = size >> 14
         self.nodes: dict[int, _Node] = {}
-        self.targets: dict[
-            int, tuple[_Schema, Json]
-        ] = {}  # id of the part with a $ref → its target
+        # Id of the part with a $ref → its target
+        self.targets: dict[int, tuple[_Schema, Json]] = {}
         self.patterns: dict[str, _Pattern] = {}  # compiled, or why not
         self.headers: list[tuple[tuple[str, ...], str]] = []  # property path, x-mcp-header
         self._left = _SCHEMA_COST
@@ -9759,17 +9755,30 @@ def _spelt(char: str) -> str:
 
 
 class _Look:
-    """One look through a definition: `found` says what is hidden where, `value` gives it without.
+    """One look through a definition: `found` says what is hidden where, `whole` gives it without.
 
-    `named`: where a name holds hidden text, "" if none does. Raises _Exhausted where it is too much."""
+    `named`: where a name holds hidden text, "" if none does."""
 
     def __init__(self) -> None:
         self.found: list[str] = []
         self.named = ""
         self._nodes, self._spots = _MOST_NODES, _MOST_SPOTS
 
+    def whole(self, value: Json, source: bytes) -> Json:
+        """`value`, whose JSON is `source`, without hidden text; None, and that found, if it is too much."""
+        try:
+            if len(source) <= _LARGEST:
+                return self.value(value)
+        except _Exhausted:
+            pass
+        text = "it is too large, or hides too much, to be looked through for hidden text"
+        self.found.append(text)
+        return None
+
     def value(self, value: Json, path: tuple[Json, ...] = (), name: bool = False) -> Json:
-        """`value` without hidden text. `path`: the way back to the root, as pairs; `name`: it names something."""
+        """`value` without hidden text; raises _Exhausted where it is too much.
+
+        `path`: the way back to the root, as pairs; `name`: it names something."""
         self._nodes -= 1
         if self._nodes < 0:
             raise _Exhausted
@@ -10104,41 +10113,28 @@ class Policy:
         text, look = encode(said), _Look()
         if _plain_json(text):
             return offer
-        clean = server in self._clean
-        try:
-            if len(text) > _LARGEST:
-                raise _Exhausted
-            said = look.value(said)
-        except _Exhausted:
-            look.found.append("too large to be looked through for hidden text")
-            said = {"instructions": "", "serverInfo": {}}
+        clean, plain = server in self._clean, look.whole(said, text)
+        if plain is None:
+            plain = {"instructions": "", "serverInfo": {}}
         if look.found:
             self._warn(server, "", look.found, clean)
-        if clean:
-            offer = dataclasses.replace(
-                offer, instructions=said["instructions"], info=said["serverInfo"]
-            )
-        return dataclasses.replace(offer, warning="; ".join([] if clean else look.found))
+        if not clean:
+            return dataclasses.replace(offer, warning="; ".join(look.found))
+        instructions, info = plain["instructions"], plain["serverInfo"]
+        return dataclasses.replace(offer, instructions=instructions, info=info)
 
     def _look_through(self, entry: Entry) -> str:
         """Why `entry` must be hidden for what is hidden in it; else that is warned of, or cut."""
         if _plain_json(entry.source):
             return ""
         clean, look = entry.server in self._clean, _Look()
-        try:
-            if len(entry.source) > _LARGEST:
-                raise _Exhausted
-            item = look.value(entry.item)
-        except _Exhausted:
-            text = "it is too large, or hides too much, to be looked through for hidden text"
-            look.found.append(text)
-            if clean:
-                self._warn(entry.server, f"{entry.kind.value[:-1]} {entry.own}", look.found, clean)
-                return text
+        item = look.whole(entry.item, entry.source)
         if look.found:
             self._warn(entry.server, f"{entry.kind.value[:-1]} {entry.own}", look.found, clean)
         if not clean:
             entry.warnings = look.found
+        elif item is None:
+            return look.found[-1]
         elif look.named:
             return f"clean cannot cut hidden text from a name: {look.named}"
         elif look.found:
@@ -10149,11 +10145,8 @@ class Policy:
         """One event for what was found in a definition, the first time."""
         self._record.count("hidden_texts", server=server)
         told = self._told.setdefault(server, set())
-        text = (
-            visible(f"{what[:120]}: " * bool(what))
-            + "; ".join(found[:3])
-            + " (`clean` is on)" * cut
-        )
+        name = visible(f"{what[:120]}: ") if what else ""
+        text = name + "; ".join(found[:3]) + (" (`clean` is on)" if cut else "")
         if text in told or len(told) >= _WARNED:
             return
         told.add(text)
@@ -10502,7 +10495,7 @@ NEEDS: Final = {
 }
 TASK_METHODS: Final = ("tasks/get", "tasks/update", "tasks/result", "tasks/cancel")
 UNHEARD: Final = 3600.0  # seconds that a task without a ttl counts as running
-NAME_SHOWN: Final = 1000  # characters of a name or URI in the audit; a client may send 4 million
+NAME_SHOWN: Final = 1000  # characters of a name, URI or method in the record
 ROUNDS: Final = 10  # further rounds that limits.rate allows for each call
 # Bytes of arguments whose keys are sorted for their digest. Larger ones are taken in the order in
 # which they came: to sort 400,000 keys holds the loop for 0.3 s.
@@ -10544,7 +10537,7 @@ class Account:
         if len(data) <= SORTED:
             data = orjson.dumps(content, option=orjson.OPT_SORT_KEYS)
         digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
-        return cls(now, call.method, _target(params), digest, bool(call.place))
+        return cls(now, call.method[:NAME_SHOWN], _target(params), digest, bool(call.place))
 
 
 def _target(params: dict[str, Json]) -> str:
@@ -10592,20 +10585,9 @@ class Forward:
     (DESIGN, A child that dies)."""
 
     __slots__ = (
-        "gateway",
-        "call",
-        "sink",
-        "server",
-        "safe",
-        "waiting",
-        "link",
-        "handle",
-        "touched",
-        "as_task",
-        "task",
-        "over",
-        "account",
-    )
+        "gateway", "call", "sink", "server", "safe", "waiting", "link", "handle", "touched",
+        "as_task", "task", "over", "account",
+    )  # fmt: skip
 
     def __init__(self, gateway: Gateway, call: Call, sink: Sink) -> None:
         self.gateway, self.call, self.sink = gateway, call, sink
@@ -10899,7 +10881,8 @@ class Gateway:
             self.inflight[principal] = running + 1
             return None
         error.status = 429
-        self.record.alarm("rate.refused", error.message, **call.origin, method=call.method)
+        method = call.method[:NAME_SHOWN]
+        self.record.alarm("rate.refused", error.message, **call.origin, method=method)
         return error
 
     def _wait(self, principal: str, rate: float, again: bool) -> int:
@@ -13145,12 +13128,10 @@ class Child:
         self.server, self.place, self.pid = server, place, 0
         self.receive: Callable[[bytes, float], None] = lambda line, now: None
         self.ended: Callable[[str], None] = lambda why: None
-        self.confined: Callable[[list[str]], None] = lambda ways: (
-            None
-        )  # what its sandbox leaves open
-        self.denied: Callable[[str, int], None] = lambda act, pid: (
-            None
-        )  # what the kernel refused it
+        # What its sandbox leaves open
+        self.confined: Callable[[list[str]], None] = lambda ways: None
+        # What the kernel refused it
+        self.denied: Callable[[str, int], None] = lambda act, pid: None
         # Not free for another call: not open yet, its stdin full, or about to end.
         self.busy = True
         self.heard = 0.0  # when something last came from it
@@ -14537,9 +14518,7 @@ class Supervisor:
 class Endpoints:
     """GET /health, /ready, /status and /metrics. `paths` tells the wiring which requests come here."""
 
-    OPEN: Final = frozenset(
-        {"/health", "/ready"}
-    )  # no Host check, no auth: probes of container runtimes
+    OPEN: Final = ("/health", "/ready")  # no Host check, no auth: probes of container runtimes
 
     def __init__(
         self, record: Record, servers: Callable[[Scope], dict[str, dict[str, Json]]]
@@ -14617,7 +14596,7 @@ def read_approval(request: HttpRequest) -> dict[str, str]:
     if (
         not isinstance(tools, dict)
         or not tools
-        or not all(isinstance(d, str) for d in tools.values())
+        or not all(isinstance(d, str) and d.startswith("sha256:") for d in tools.values())
     ):
         text = 'say what you have seen: {"tools": {"NAME": "sha256:…"}}, with digests from /status'
         raise HttpError(400, text)
@@ -14672,27 +14651,14 @@ class Atrax:
             config, self.catalogue, self.supervisor, self.record, clock, tasks.home
         )
         self.gateway = Gateway(
-            config,
-            self.record,
-            self.catalogue,
-            self.subscriptions,
-            self.policy,
-            self.supervisor,
-            clock,
-            tasks,
-        )
+            config, self.record, self.catalogue, self.subscriptions, self.policy, self.supervisor,
+            clock, tasks,
+        )  # fmt: skip
         self.clients = Clients(
-            self.gateway,
-            config.limits,
-            self.record,
-            clock,
-            key,
-            self.supervisor.gone,
-            loop.call_later,
-            check_request,
-            check_answer,
+            self.gateway, config.limits, self.record, clock, key, self.supervisor.gone,
+            loop.call_later, check_request, check_answer,
             stands=lambda owner, now: self.identity.stands(owner, now),  # the one of that moment
-        )
+        )  # fmt: skip
         self.identity = Identity(config, record=self.record)
         self.gateway.step_up = lambda *refused: self.identity.step_up(*refused)
         self.endpoints = Endpoints(self.record, self.status)
@@ -14753,17 +14719,17 @@ class Atrax:
             self.record.emit("internal.error", "error", message=f"{step}: {error!r}")
 
     async def reload(self, load: Callable[[], Config]) -> None:
-        """`_reload`, while nobody approves anything."""
-        async with self._locking:
-            await self._reload(load)
-
-    async def _reload(self, load: Callable[[], Config]) -> None:
         """Take over what may change at SIGHUP: who may come in (`auth`), what is approved (the lock),
         the files of `tls` and of the audit.
 
         The whole file is read and checked, in a thread, since a disk may hang. What is new is made
         complete before anything is swapped, so a mistake changes nothing; after that nothing waits
-        until those who may have less have less. All other keys need a restart, and the log says so."""
+        until those who may have less have less. All other keys need a restart, and the log says so.
+        Nobody approves anything meanwhile."""
+        async with self._locking:
+            await self._reload(load)
+
+    async def _reload(self, load: Callable[[], Config]) -> None:
         if self.audit is not None:  # whatever the config says: the file may have been rotated
             self.audit.reopen()
         try:
@@ -14797,13 +14763,11 @@ class Atrax:
     def tick(self) -> None:
         """Tell every section with deadlines what time it is, now and from now on."""
         now = self._loop.time()
-        for part in (
-            *(self.supervisor, self.catalogue, self.subscriptions, self.clients, self.http),
-            self.identity,
-        ):
-            self._step(functools.partial(part.wake, now))
-        if self.audit is not None:
-            self._step(functools.partial(self.audit.wake, now))
+        for wake in (
+            self.supervisor.wake, self.catalogue.wake, self.subscriptions.wake, self.clients.wake,
+            self.http.wake, self.identity.wake, *([self.audit.wake] if self.audit else ()),
+        ):  # fmt: skip
+            self._step(functools.partial(wake, now))
         self._ticking = self._loop.call_later(TICK, self.tick)
 
     # ---- Shelf: what happened at the children goes to who keeps lists and subscriptions ----
@@ -14875,8 +14839,8 @@ class Atrax:
 
     def _refuse(self, request: HttpRequest, reply: Reply, error: HttpError) -> None:
         self._refused(request, error)
-        headers = [("Content-Type", "application/json"), *error.headers]
-        reply.full(error.status, headers, encode({"error": {"message": str(error)}}))
+        body = encode({"error": {"message": str(error)}})
+        reply.full(error.status, (*JSON_HEADERS, *error.headers), body)
 
     def _refused(self, request: HttpRequest, error: HttpError) -> None:
         """Record a refusal; what may be an attack aloud."""
@@ -14906,7 +14870,7 @@ class Atrax:
         if document is not None:
             if request.method not in ("GET", "HEAD"):
                 raise HttpError(405, "read it with GET", [("Allow", "GET, HEAD, OPTIONS")])
-            reply.full(200, [("Content-Type", "application/json")], document)
+            reply.full(200, JSON_HEADERS, document)
             return
         owner = self.identity.owner(request)
         if request.method == "OPTIONS":
@@ -14976,20 +14940,16 @@ class Atrax:
                 self._adopt(await asyncio.to_thread(approve))
         except AtraxError as error:
             self.record.emit("pin.failed", "error", server=server, message=str(error))
-            body = encode({"error": {"message": "the lock could not be written; the log says why"}})
-            reply.full(500, [("Content-Type", "application/json")], body)
+            text = "the lock could not be written; the log says why"
+            self._refuse(request, reply, HttpError(500, text))
             return
         names = ", ".join(visible(own)[:80] for own in pins)
         self.record.emit(
-            "pin.approved",
-            server=server,
-            principal=owner.principal,
-            address=request.address,
-            request=request.id,
-            message=f"{owner.principal} approved {names[:1000]}",
-        )
+            "pin.approved", server=server, principal=owner.principal, address=request.address,
+            request=request.id, message=f"{owner.principal} approved {names[:1000]}",
+        )  # fmt: skip
         approved = {own: pin.digest for own, pin in pins.items()}
-        reply.full(200, [("Content-Type", "application/json")], encode({"approved": approved}))
+        reply.full(200, JSON_HEADERS, encode({"approved": approved}))
 
     def _adopt(self, pinned: Pinned | None) -> bool:
         """What is approved from now on; whether that is something else."""
@@ -15008,11 +14968,8 @@ class Atrax:
         error = Error(INVALID_PARAMS, text, status=404)
         if there:
             error = self.gateway.withheld(owner, name, "", error)
-        raise HttpError(
-            error.status,
-            error.message,
-            [("WWW-Authenticate", error.challenge)] if error.challenge else (),
-        )
+        challenge = [("WWW-Authenticate", error.challenge)] if error.challenge else ()
+        raise HttpError(error.status, error.message, challenge)
 
     # ---- what there is to see ----
 

@@ -335,6 +335,13 @@ def test_what_drives_a_terminal_is_escaped_in_json_lines(tmp_path: Path, char: s
         assert json.loads(line)["name"] == fields["name"]
 
 
+def test_a_name_or_method_of_any_length_is_cut() -> None:
+    """Ten thousand lines may wait for the disk, and a body has 4 MiB."""
+    call = program.Call("x" * 9999, {"name": "y" * 9999}, program.ANONYMOUS, "2025-11-25", "")
+    account = program.Account.of(call, 0.0)
+    assert (len(account.method), len(account.name)) == (program.NAME_SHOWN, program.NAME_SHOWN)
+
+
 # ---- The writer itself, on real files ----
 
 

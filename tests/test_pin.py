@@ -577,6 +577,17 @@ def test_a_definition_as_deep_as_a_message_can_be_is_pinned_and_read_again(tmp_p
     assert middle.names() == []
 
 
+@pytest.mark.parametrize("digest", ["too large", "", 5, None])
+def test_an_approval_names_a_digest(digest: object) -> None:
+    """What is too large for a pin has none, and is not approved by that word."""
+    body = json.dumps({"tools": {"big": digest}}).encode()
+    headers = {"content-type": "application/json"}
+    request = program.HttpRequest("POST", "/servers/x/pin", "", headers, body, "")
+
+    with pytest.raises(program.HttpError, match="say what you have seen"):
+        program.read_approval(request)
+
+
 def test_a_lock_is_read_strictly(tmp_path: Path) -> None:
     lock = tmp_path / "lock.json"
     assert program.read_lock(str(lock)) is None

@@ -505,6 +505,35 @@ def test_renewal_reads_the_files_anew_for_connections_to_come(
     run(loop, test())
 
 
+@promise("tls.certificates")
+@LOOPS
+@pytest.mark.parametrize("cut", [9, -1], ids=["head", "body"])
+def test_a_request_under_way_at_a_renewal_is_the_last_of_its_connection(
+    loop: NewLoop, cut: int, tmp_path: Path, ca: Authority
+) -> None:
+    """Else whoever keeps one half sent would be let in by the old CA for ever."""
+
+    async def test() -> None:
+        async with secured(tmp_path, ca, ca) as it:
+            context = ca.context(*ca.issue(tmp_path, "client"))
+            reader, writer = await asyncio.open_connection("127.0.0.1", it.port, ssl=context)
+            request = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}"
+            writer.write(get(HOST))
+            await asyncio.wait_for(reader.readuntil(b"}"), LIMIT)
+            writer.write(request[:cut])
+            async with asyncio.timeout(LIMIT):
+                while not any(one._parser.phase for one in it.server.connections):
+                    await asyncio.sleep(0)
+            it.server.renew(it.tls.context())
+            writer.write(request[cut:])
+            answer = await asyncio.wait_for(reader.read(), LIMIT)
+            assert answer.count(b"HTTP/1.1 200") == 1
+            assert b"Connection: close" in answer
+            writer.close()
+
+    run(loop, test())
+
+
 @promise("tls.https")
 async def test_sighup_shows_the_new_certificate_and_keeps_what_is_open(
     atrax: Start, tmp_path: Path, ca: Authority
