@@ -411,33 +411,34 @@ def enter_namespaces(flags: int, users: list[int]) -> int | None:
 
 
 def seal_mounts(writable: list[str]) -> bool:
-    """Make every mount of this namespace read-only but `writable`; whether the system can."""
+    """Make every mount of this namespace read-only but those at and below `writable`, which stay what
+    they are; whether the system can."""
     import ctypes
     import os
     import struct
 
     libc = ctypes.CDLL(None, use_errno=True)
+    here, everything, places = -100, 0x8000, list(map(os.path.realpath, writable))  # AT_RECURSIVE
 
-    def change(path: str, flags: int, add: int, clear: int) -> bool:
-        # Private, so that nothing of this shows outside; MOUNT_ATTR_RDONLY is 1.
-        attributes = struct.pack("4Q", add, clear, 1 << 18, 0)
-        name = os.fsencode(path)
-        done: int = libc.syscall(
-            ctypes.c_long(442), -100, name, flags, attributes, ctypes.c_long(32)
-        )
-        return done == 0
+    def change(flags: int) -> bool:
+        # mount_setattr. Private, so that nothing of this shows outside.
+        attributes = struct.pack("4Q", flags, 0, 1 << 18, 0)
+        number, size = ctypes.c_long(442), ctypes.c_long(32)
+        return libc.syscall(number, here, b"/", everything, attributes, size) == 0
 
-    everything, places = 0x8000, list(map(os.path.realpath, writable))  # AT_RECURSIVE
     if "/" in places:
         return True
-    if not change("/", everything, 1, 0):
+    if not change(0):
         return False
-    for path in places:
-        name = os.fsencode(path)
-        bound = libc.mount(name, name, None, ctypes.c_ulong(4096 | 16384), None) == 0
-        # A mount below that was read-only before stays so.
-        if not bound or not (change(path, everything, 0, 1) or change(path, 0, 0, 1)):
+    # Copies, to lie over what is sealed: to unseal it would open what was read-only before, too.
+    copy = 1 | everything | os.O_CLOEXEC
+    trees = [libc.syscall(ctypes.c_long(428), here, os.fsencode(path), copy) for path in places]
+    if not change(1):
+        return False
+    for path, tree in zip(places, trees, strict=True):  # open_tree above, move_mount below
+        if libc.syscall(ctypes.c_long(429), tree, b"", here, os.fsencode(path), 4) != 0:
             raise OSError(ctypes.get_errno(), f"sandbox: {path} cannot be made writable")
+        os.close(tree)
     os.chdir(os.getcwd())  # through the new mounts, if it lies in one
     return True
 

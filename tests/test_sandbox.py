@@ -327,6 +327,43 @@ async def test_a_real_node_server_works_in_a_sandbox(tmp_path: Path, atrax: Star
     assert "EACCES" in json.dumps(refused.result)
 
 
+# Atrax in mounts of its own, where what lies at READ_ONLY is mounted read-only.
+MOUNTED = """
+import ctypes, os, sys
+libc, place = ctypes.CDLL(None), os.environ["READ_ONLY"].encode()
+for done in (
+    libc.unshare(0x20000),
+    libc.mount(b"none", b"/", None, 0x4000 | 1 << 18, None),
+    libc.mount(place, place, None, 4096, None),
+    libc.mount(b"none", place, None, 4096 | 32 | 1, None),
+):
+    if done:
+        sys.exit("cannot mount")
+os.execv(sys.executable, [sys.executable, os.environ["ATRAX"], *sys.argv[1:]])
+"""
+
+
+@promise("sandbox.files")
+async def test_what_was_mounted_read_only_below_write_stays_so(house: House) -> None:
+    if house.user is not None or os.getuid() != 0:
+        pytest.skip("only root can mount")
+    if subprocess.run(["unshare", "-m", "true"]).returncode:
+        pytest.skip("this root may not mount")
+    fixed, program = house.root / "write" / "fixed", house.root / "mounted.py"
+    fixed.mkdir()
+    program.write_text(MOUNTED)
+    servers = {
+        "above": house.server(),
+        "at": house.server(write=[str(fixed)]),
+    }
+    gateway = await house.serve(servers, program=program, READ_ONLY=str(fixed))
+    for server in servers:
+        new, mode = str(fixed / "new"), str(fixed)
+        assert await attempt(gateway, "write", server, path=new) == "EROFS", server
+        assert await attempt(gateway, "chmod", server, path=mode) == "EROFS", server
+    assert await attempt(gateway, "write", "above", path=str(house.root / "write" / "a")) == "done"
+
+
 # ---- network ----
 
 
