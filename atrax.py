@@ -269,50 +269,28 @@ def become_child() -> None:
     The environment is the child's own, each name behind a colon: a library of LD_PRELOAD, which a child
     may have written, must not be loaded before the child is bound. No secret passes through argv. A
     failure is one line, to the channel or to stderr, and exit code 127."""
-    import ctypes
     import json
     import os
-    import signal
     import sys
-
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def control(option: int, value: int) -> None:
-        if libc.prctl(option, value, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), f"prctl({option})")
 
     order, command = json.loads(sys.argv[1]), sys.argv[2:]
     channel = order.get("channel", -1)
     try:
-        control(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: SIGKILL of Atrax ends this process too
-        if os.getppid() != order["parent"]:
-            os._exit(127)  # Atrax ended before the line above: nobody is left to read an answer
-        if not order.get("setuid"):
-            control(38, 1)  # PR_SET_NO_NEW_PRIVS: no setuid program below here gains anything
-        # What Atrax ignores (SIGPIPE, and SIGHUP under nohup) would stay ignored over exec.
-        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-            signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        bind(order)
         if channel >= 0:
             import _socket  # noqa: F401  for `tell`: once confined, this may not be readable
             import struct  # noqa: F401
 
             os.set_inheritable(channel, False)
             open_ways, listener = confine(order["sandbox"])
-            control(1, signal.SIGKILL)  # what changes credentials may clear it
+            bind(order)  # what changes credentials may clear the first line of it
             tell(channel, {"open": open_ways}, listener)
-        for limit, most in order["limits"]:
-            bounds = (ctypes.c_ulong * 2)()
-            libc.getrlimit(limit, bounds)
-            bounds[:] = [min(most, bounds[1])] * 2
-            if libc.setrlimit(limit, bounds) != 0:
-                raise OSError(ctypes.get_errno(), f"setrlimit({limit})")
+        limit(order["limits"])
         # Python's own descriptors close on exec; what a shell or an init system gave us does not.
         os.closerange(3, max(3, channel))
         os.closerange(max(3, channel + 1), os.sysconf("SC_OPEN_MAX"))
-        environment = {
-            name[1:]: value for name, value in os.environb.items() if name.startswith(b":")
-        }
+        variables = os.environb.items()
+        environment = {name[1:]: value for name, value in variables if name.startswith(b":")}
         os.execve(command[0], command, environment)
     except (OSError, ValueError) as error:
         reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
@@ -321,6 +299,49 @@ def become_child() -> None:
         else:
             os.write(2, f"atrax: cannot run {command[0]}: {reason}\n".encode(errors="replace"))
         os._exit(127)
+
+
+def bind(order: Json) -> None:
+    """End with Atrax, gain no privileges, and leave its signal handling behind."""
+    import ctypes
+    import os
+    import signal
+
+    def control(option: int, value: int) -> None:
+        if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), f"prctl({option})")
+
+    control(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: SIGKILL of Atrax ends this process too
+    if os.getppid() != order["parent"]:
+        os._exit(127)  # Atrax ended before the line above: nobody is left to read an answer
+    if not order.get("setuid"):
+        control(38, 1)  # PR_SET_NO_NEW_PRIVS: no setuid program below here gains anything
+    # What Atrax ignores (SIGPIPE, and SIGHUP under nohup) would stay ignored over exec.
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def limit(limits: list[tuple[int, int]]) -> None:
+    """Set both bounds of each rlimit, or keep what is lower already."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    for resource, most in limits:
+        bounds = (ctypes.c_ulong * 2)()
+        libc.getrlimit(resource, bounds)
+        bounds[:] = [min(most, bounds[1])] * 2
+        if libc.setrlimit(resource, bounds) != 0:
+            raise OSError(ctypes.get_errno(), f"setrlimit({resource})")
+
+
+def system_call(number: int, *arguments: int | bytes) -> int:
+    """The result of a system call; -1, and ctypes.get_errno(), where it failed."""
+    import ctypes
+
+    words = [ctypes.c_long(one) if isinstance(one, int) else one for one in arguments]
+    done: int = ctypes.CDLL(None, use_errno=True).syscall(ctypes.c_long(number), *words)
+    return done
 
 
 def tell(channel: int, report: dict[str, Json], listener: int) -> None:
@@ -345,44 +366,45 @@ def confine(order: Json) -> tuple[list[str], int]:
     import ctypes
     import os
 
-    libc = ctypes.CDLL(None, use_errno=True)
-    lacks: list[str] = []
     root = os.geteuid() == 0
     # Mounts, System V objects and the network; as root without a user namespace, which would take
     # nothing from root that is not dropped below.
     flags = 0x00020000 | 0x08000000 | (0 if order["network"] else 0x40000000)
     within = enter_namespaces(flags, [0, 0x10000000] if root else [0x10000000])
     sealed = within is not None and seal_mounts(order["write"])
+    lacks = drop_capabilities() if root else []
     if order["processes"] and root:
         lacks.append("the limit on processes does not bind root (RLIMIT_NPROC): use another user")
     elif order["processes"] and not within:
         lacks.append("no user namespace: the limit on processes counts all of this user's")
-    for capability in range(64) if root else ():
-        # What root's honest work with files needs stays: chown, both DAC ones, fowner, fsetid,
-        # setgid, setuid.
-        held = capability not in (0, 1, 2, 3, 4, 6, 7) and libc.prctl(23, capability, 0, 0, 0) == 1
-        if held and libc.prctl(24, capability, 0, 0, 0) != 0:  # PR_CAPBSET_DROP
-            lacks.append(f"capability {capability} cannot be dropped (no CAP_SETPCAP)")
-    libc.prctl(47, 4, 0, 0, 0)  # PR_CAP_AMBIENT_CLEAR_ALL
+    ctypes.CDLL(None).prctl(47, 4, 0, 0, 0)  # PR_CAP_AMBIENT_CLEAR_ALL
     lacks += restrict_files(order)
-    listener = -1
-    if order["seccomp"] is None:
-        lacks.append(
-            "seccomp is unknown for this processor: Unix sockets, ptrace and the like are open"
-        )
-    else:
+    why, listener = "it is unknown for this processor", -1
+    if order["seccomp"] is not None:
         number, program, isolated = order["seccomp"]
-        error, listener = filter_calls(number, bytes.fromhex(program))
+        why, listener = filter_calls(number, program)
         # Landlock leaves chmod, chown, utimes and xattrs alone. Where read-only mounts cannot stop
         # them, nobody in there may do them at all; so with what an IPC namespace keeps apart.
-        if not error and not sealed:
-            error, _ = filter_calls(number, bytes.fromhex(isolated))
-        if error:
-            why = os.strerror(error)
-            lacks.append(f"no seccomp filter ({why}): Unix sockets, ptrace and the like are open")
+        if not why and not sealed:
+            why, _ = filter_calls(number, isolated)
+    if why:
+        lacks.append(f"no seccomp filter ({why}): Unix sockets, ptrace and the like are open")
     if lacks and not order["best_effort"]:
         raise OSError(0, "sandbox: this system lacks what it needs: " + "; ".join(lacks))
     return lacks, listener
+
+
+def drop_capabilities() -> list[str]:
+    """Take from root what its honest work with files does not need; what could not be taken."""
+    import ctypes
+
+    lacks, libc = [], ctypes.CDLL(None, use_errno=True)
+    # Stay: chown, both DAC ones, fowner, fsetid, setgid, setuid.
+    for capability in set(range(64)) - {0, 1, 2, 3, 4, 6, 7}:
+        held = libc.prctl(23, capability, 0, 0, 0) == 1  # PR_CAPBSET_READ, then PR_CAPBSET_DROP
+        if held and libc.prctl(24, capability, 0, 0, 0) != 0:
+            lacks.append(f"capability {capability} cannot be dropped (no CAP_SETPCAP)")
+    return lacks
 
 
 def enter_namespaces(flags: int, users: list[int]) -> int | None:
@@ -417,26 +439,20 @@ def seal_mounts(writable: list[str]) -> bool:
     import os
     import struct
 
-    libc = ctypes.CDLL(None, use_errno=True)
     here, everything, places = -100, 0x8000, list(map(os.path.realpath, writable))  # AT_RECURSIVE
-
-    def change(flags: int) -> bool:
-        # mount_setattr. Private, so that nothing of this shows outside.
-        attributes = struct.pack("4Q", flags, 0, 1 << 18, 0)
-        number, size = ctypes.c_long(442), ctypes.c_long(32)
-        return libc.syscall(number, here, b"/", everything, attributes, size) == 0
-
+    # Private, so that nothing of this shows outside; then MOUNT_ATTR_RDONLY (mount_setattr).
+    private, sealed = (struct.pack("4Q", flags, 0, 1 << 18, 0) for flags in (0, 1))
     if "/" in places:
         return True
-    if not change(0):
+    if system_call(442, here, b"/", everything, private, 32) != 0:
         return False
     # Copies, to lie over what is sealed: to unseal it would open what was read-only before, too.
     copy = 1 | everything | os.O_CLOEXEC
-    trees = [libc.syscall(ctypes.c_long(428), here, os.fsencode(path), copy) for path in places]
-    if not change(1):
+    trees = [system_call(428, here, os.fsencode(path), copy) for path in places]  # open_tree
+    if system_call(442, here, b"/", everything, sealed, 32) != 0:
         return False
-    for path, tree in zip(places, trees, strict=True):  # open_tree above, move_mount below
-        if libc.syscall(ctypes.c_long(429), tree, b"", here, os.fsencode(path), 4) != 0:
+    for path, tree in zip(places, trees, strict=True):
+        if system_call(429, tree, b"", here, os.fsencode(path), 4) != 0:  # move_mount
             raise OSError(ctypes.get_errno(), f"sandbox: {path} cannot be made writable")
         os.close(tree)
     os.chdir(os.getcwd())  # through the new mounts, if it lies in one
@@ -446,89 +462,86 @@ def seal_mounts(writable: list[str]) -> bool:
 def restrict_files(order: Json) -> list[str]:
     """Enforce the `read`, `write` and `always` of `order` by Landlock; what this kernel's lacks."""
     import ctypes
+    import os
+    import struct
+
+    abi = system_call(444, 0, 0, 1)  # landlock_create_ruleset(LANDLOCK_CREATE_RULESET_VERSION)
+    if abi < 1:
+        return ["no Landlock (it came with Linux 5.13, and may be disabled): files are open"]
+    needs = [(3, "truncating files is open"), (5, "ioctl of devices is open")]
+    needs.append((6, "signals to other processes and abstract Unix sockets are open"))
+    everything = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
+    tcp = 0 if order["network"] else 3  # bind and connect
+    # A kernel refuses a structure that is longer than what it knows.
+    size = 8 if abi < 4 else 16 if abi < 6 else 24
+    ruleset = system_call(444, struct.pack("3Q", everything, tcp, 3)[:size], size, 0)
+    if ruleset < 0:
+        raise OSError(ctypes.get_errno(), "landlock_create_ruleset")
+    read = 1 | 4 | 8  # execute, read a file, list a directory
+    write = everything & ~(1 << 6 | 1 << 11)  # no devices are made
+    rules = [(path, read, True) for path in order["read"]]
+    rules += [(path, write, True) for path in order["write"]]
+    rules += [(path, read, False) for path in [*order["always"], "/proc/self"]]
+    devices = ("null", "zero", "full", "random", "urandom")
+    rules += [(f"/dev/{name}", 2 | 4, False) for name in devices]
+    for path, rights, named in rules:
+        grant(ruleset, path, rights & everything, named)
+    if system_call(446, ruleset, 0) != 0:
+        raise OSError(ctypes.get_errno(), "landlock_restrict_self")
+    os.close(ruleset)
+    return [f"Landlock ABI {abi} and not {least}: {what}" for least, what in needs if abi < least]
+
+
+def grant(ruleset: int, path: str, rights: int, named: bool) -> None:
+    """Add a rule for `path` and what lies below it. What the config has not `named` may be missing."""
+    import ctypes
     import errno
     import os
     import stat
     import struct
 
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def call(number: int, *arguments: int | bytes) -> int:
-        words = [ctypes.c_long(one) if isinstance(one, int) else one for one in arguments]
-        done: int = libc.syscall(ctypes.c_long(number), *words)
-        return done
-
-    abi = call(444, 0, 0, 1)  # landlock_create_ruleset(LANDLOCK_CREATE_RULESET_VERSION)
-    if abi < 1:
-        return ["no Landlock (it came with Linux 5.13, and may be disabled): files are open"]
-    needs = [(3, "truncating files is open"), (5, "ioctl of devices is open")]
-    needs.append((6, "signals to other processes and abstract Unix sockets are open"))
-    lacks = [f"Landlock ABI {abi} and not {least}: {what}" for least, what in needs if abi < least]
-    everything = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
-    tcp = 0 if order["network"] else 3  # bind and connect
-    # A kernel refuses a structure that is longer than what it knows.
-    size = 8 if abi < 4 else 16 if abi < 6 else 24
-    ruleset = call(444, struct.pack("3Q", everything, tcp, 3)[:size], size, 0)
-    if ruleset < 0:
-        raise OSError(ctypes.get_errno(), "landlock_create_ruleset")
-    read = 1 | 4 | 8  # execute, read a file, list a directory
-    write = everything & ~(1 << 6 | 1 << 11)  # no devices are made
-    of_files = 1 | 2 | 4 | 1 << 14 | 1 << 15  # the rights that a file can have
-    rules = [(path, read, True) for path in order["read"]]
-    rules += [(path, write, True) for path in order["write"]]
-    rules += [(path, read, False) for path in [*order["always"], "/proc/self"]]
-    rules += [
-        (f"/dev/{name}", 2 | 4, False) for name in ("null", "zero", "full", "random", "urandom")
-    ]
-    # Through no link (openat2, RESOLVE_NO_SYMLINKS): what the config named was followed when that was
-    # read, and a child with `write` above it may have put one there since.
-    flags = os.O_PATH | os.O_CLOEXEC
-    for path, rights, needed in rules:
-        place = call(437, -100, os.fsencode(path), struct.pack("3Q", flags, 0, 4 * needed), 24)
-        if place < 0 and needed:
-            error = ctypes.get_errno()
-            why = (
-                "has become a link since Atrax started"
-                if error == errno.ELOOP
-                else os.strerror(error)
-            )
-            raise OSError(error, f"sandbox: {path}: {why}")
-        if place < 0:
-            continue
-        if not stat.S_ISDIR(os.fstat(place).st_mode):
-            rights &= of_files
-        if call(445, ruleset, 1, struct.pack("=Qi", rights & everything, place), 0) != 0:
-            raise OSError(ctypes.get_errno(), f"landlock_add_rule: {path}")
-        os.close(place)
-    if call(446, ruleset, 0) != 0:
-        raise OSError(ctypes.get_errno(), "landlock_restrict_self")
-    os.close(ruleset)
-    return lacks
+    # What it named was followed when it was read; a child that may write above it may have put a link
+    # there since, so now through none (openat2, RESOLVE_NO_SYMLINKS).
+    how = struct.pack("3Q", os.O_PATH | os.O_CLOEXEC, 0, 4 * named)
+    place = system_call(437, -100, os.fsencode(path), how, len(how))
+    if place < 0 and named:
+        error = ctypes.get_errno()
+        why = (
+            "has become a link since Atrax started" if error == errno.ELOOP else os.strerror(error)
+        )
+        raise OSError(error, f"sandbox: {path}: {why}")
+    if place < 0:
+        return
+    if not stat.S_ISDIR(os.fstat(place).st_mode):
+        rights &= 1 | 2 | 4 | 1 << 14 | 1 << 15  # those that a file can have
+    if system_call(445, ruleset, 1, struct.pack("=Qi", rights, place), 0) != 0:
+        raise OSError(ctypes.get_errno(), f"landlock_add_rule: {path}")
+    os.close(place)
 
 
-def filter_calls(number: int, program: bytes) -> tuple[int, int]:
-    """Install a seccomp program by the system call `number`; errno (0: done), and the descriptor that
-    tells of refused calls (-1: it has none)."""
+def filter_calls(number: int, text: str) -> tuple[str, int]:
+    """Install a seccomp program (hex) by the system call `number`; why it could not be ("": it was),
+    and the descriptor that tells of refused calls (-1: it has none)."""
     import ctypes
+    import os
     import struct
 
-    libc = ctypes.CDLL(None, use_errno=True)
-    told, watched = (
-        struct.pack("HBBI", 6, 0, 0, 0x7FC00000),
-        struct.pack("HBBI", 6, 0, 0, 0x7FC00001),
+    program = bytes.fromhex(text)
+    told, watched, refuse, allow = (
+        struct.pack("HBBI", 6, 0, 0, action)
+        for action in (0x7FC00000, 0x7FC00001, 0x00050001, 0x7FFF0000)
     )
     # SECCOMP_FILTER_FLAG_NEW_LISTENER, first with WAIT_KILLABLE_RECV (Linux 5.19).
     attempts = [(program, 8 | 32), (program, 8)] if told in program else []
     # Where somebody above us listens already, there can be no second: refuse, and let pass, silently.
-    silent = program.replace(told, struct.pack("HBBI", 6, 0, 0, 0x00050001))
-    attempts.append((silent.replace(watched, struct.pack("HBBI", 6, 0, 0, 0x7FFF0000)), 0))
+    attempts.append((program.replace(told, refuse).replace(watched, allow), 0))
     for code, flags in attempts:
         buffer = ctypes.create_string_buffer(code, len(code))
         whole = struct.pack("HP", len(code) // 8, ctypes.addressof(buffer))
-        done = libc.syscall(ctypes.c_long(number), 1, flags, whole)  # SECCOMP_SET_MODE_FILTER
+        done = system_call(number, 1, flags, whole)  # SECCOMP_SET_MODE_FILTER
         if done >= 0:
-            return 0, done if flags else -1
-    return ctypes.get_errno(), -1
+            return "", done if flags else -1
+    return os.strerror(ctypes.get_errno()), -1
 
 
 # ==== Terms =======================================================================
@@ -12451,9 +12464,10 @@ def staged(way: Launch, channel: int = -1) -> list[str]:
 @functools.cache
 def _stage_source(sandboxed: bool) -> str:
     """The stage as an argument: its code objects, so that the child has little to compile."""
-    parts: list[Callable[..., Json]] = [become_child]
+    parts: list[Callable[..., Json]] = [become_child, bind, limit]
     if sandboxed:
-        parts += [tell, confine, enter_namespaces, seal_mounts, restrict_files, filter_calls]
+        parts += [tell, confine, drop_capabilities, enter_namespaces, seal_mounts, restrict_files]
+        parts += [grant, filter_calls, system_call]
     code = marshal.dumps({part.__name__: part.__code__ for part in parts}).hex()
     return (
         "import marshal,types,builtins;g={'__builtins__':builtins};"
