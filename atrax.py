@@ -3586,14 +3586,16 @@ class HttpServer:
         self._handshakes.add(task)
         task.add_done_callback(self._handshakes.discard)
 
-    def renew(self, context: ssl.SSLContext) -> None:
-        """Use `context` for connections to come.
+    def renew(self, context: ssl.SSLContext) -> bool:
+        """Use `context` for connections to come; whether a CA of clients is gone with the old one.
 
         Where clients show certificates, each connection ends with its answer: the next one is
         verified against the new CAs."""
-        self._context = context
+        old, self._context = self._context, context
         for connection in tuple(self.connections) if context.verify_mode else ():
             connection.drain()
+        known = set(context.get_ca_certs(binary_form=True))
+        return old is not None and not known.issuperset(old.get_ca_certs(binary_form=True))
 
     def next_id(self) -> str:
         """The id of one more request. Cheap (0.1 us) and unique; it is no secret."""
@@ -6861,9 +6863,9 @@ class Clients:
             if 0 in session.streams and not session.old:
                 session.streams[0].forget()
 
-    def close(self) -> None:
+    def close(self, why: str = "Atrax is stopping") -> None:
         """End everything. Calls in flight are answered or cancelled, sessions are gone."""
-        self._stop("Atrax is stopping", lambda owner: True)
+        self._stop(why, lambda owner: True)
 
     def _stop(self, why: str, fallen: _Fallen) -> None:
         self.modern.stop(why, fallen)
@@ -14765,7 +14767,8 @@ class Atrax:
         self.config, self.identity = config, identity
         self._step(self.clients.review)
         if context is not None:
-            self.http.renew(context)
+            if self.http.renew(context):  # streams have no end, and nobody knows whose CA it was
+                self._step(lambda: self.clients.close("a CA of clients is not trusted any more"))
             changed.append("tls")
         if self._adopt(pinned):
             changed.append("the lock")

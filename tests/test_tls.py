@@ -534,6 +534,28 @@ def test_a_request_under_way_at_a_renewal_is_the_last_of_its_connection(
     run(loop, test())
 
 
+@promise("tls.certificates")
+async def test_what_is_open_ends_when_a_ca_of_clients_is_taken_away(
+    atrax: Start, tmp_path: Path, ca: Authority
+) -> None:
+    """A stream has no end of its own, so the connection would be let in by the old CA for ever."""
+    alice = ca.context(*ca.issue(tmp_path, "alice"))
+    running = await atrax({**config(tmp_path, ca, ca), **SERVERS}, tls=alice)
+    stream = await (await running.legacy()).listen()
+    running.process.send_signal(signal.SIGHUP)
+    await running.line(r"took over tls")
+    listening = asyncio.ensure_future(stream.body())
+    assert not (await asyncio.wait([listening], timeout=0))[0]  # the same CA: it goes on
+
+    Authority("others").write(tmp_path, "clients")
+    running.process.send_signal(signal.SIGHUP)
+
+    async with asyncio.timeout(LIMIT):
+        await listening
+    with pytest.raises((ssl.SSLError, ConnectionError, asyncio.IncompleteReadError)):
+        await running.get("/health")
+
+
 @promise("tls.https")
 async def test_sighup_shows_the_new_certificate_and_keeps_what_is_open(
     atrax: Start, tmp_path: Path, ca: Authority
