@@ -1658,11 +1658,8 @@ class _ConfigReader:
         auth = config.auth
         for key in ("issuer", "audience", "jwks"):
             if not getattr(auth, key):
-                self.wrong(
-                    f'is missing: "type": "oauth" needs it ({_keys(Auth)[key].description})',
-                    "auth",
-                    key,
-                )
+                what = _keys(Auth)[key].description
+                self.wrong(f'is missing: "type": "oauth" needs it ({what})', "auth", key)
         for scope, rights in (auth.grants or {}).items():
             self.judge_rights(config, rights, "auth", "grants", scope)
         if auth.jwks and _REMOTE.match(auth.jwks):
@@ -7671,11 +7668,10 @@ class Catalogue:
                 "settled": not any(stock.coming for stock in stocks),
             }
             if scope.all_of(name):
-                hidden = [
-                    (stock.kind, one) for stock in stocks for one in self._hidden(stock, scope)
-                ]
+                hidden = ((one.kind, item) for one in stocks for item in self._hidden(one, scope))
+                some = itertools.islice(hidden, _MOST_HIDDEN)
                 counts[name] |= {
-                    "hidden": [one.shown(kind) for kind, one in hidden[:_MOST_HIDDEN]],
+                    "hidden": [item.shown(kind) for kind, item in some],
                     "warnings": self._warnings(source, scope)[:_MOST_HIDDEN],
                     "error": next((stock.error for stock in stocks if stock.error), None),
                 }
@@ -7841,24 +7837,19 @@ class Catalogue:
         # A change that a pin hides is told once, even if its server takes it back and does it again.
         pinned = [one for one in stock.told if one.digest][:_MOST_HIDDEN]
         stock.told = frozenset((*hidden, *pinned))
-        for event, of_pins in (("catalogue.hidden", False), ("pin.changed", True)):
-            if some := [one for one in new if bool(one.digest) is of_pins]:
-                first = f"{some[0].own[:80]}: {some[0].reason}"
-                more = f", and {len(some) - 1} more; /status lists them" if len(some) > 1 else ""
-                text, name = f"its {stock.kind.value} hide {first}{more}", stock.source.name
-                if of_pins:
-                    self._record.alarm(event, text, server=name)
-                else:
-                    self._record.emit(event, "warning", server=name, message=text)
+        name, hide = stock.source.name, f"its {stock.kind.value} hide "
+        if some := [(one.own, one.reason) for one in new if not one.digest]:
+            self._record.emit(
+                "catalogue.hidden", "warning", server=name, message=hide + _some(some)
+            )
+        if some := [(one.own, one.reason) for one in new if one.digest]:
+            self._record.alarm("pin.changed", hide + _some(some), server=name)
 
     def _say_alike(self, stock: _Stock) -> None:
-        new = [pair for pair in self._alike(stock) if pair not in stock.told_alike]
-        if new:
-            stock.told_alike = frozenset(self._alike(stock))
-            more = f", and {len(new) - 1} more; /status lists them" if len(new) > 1 else ""
-            text = f"{new[0][0][:80]}: {new[0][1]}{more}"
-            name = stock.source.name
-            self._record.emit("catalogue.lookalike", "warning", server=name, message=text)
+        alike, name = self._alike(stock), stock.source.name
+        if new := [pair for pair in alike if pair not in stock.told_alike]:
+            stock.told_alike = frozenset(alike)
+            self._record.emit("catalogue.lookalike", "warning", server=name, message=_some(new))
 
     # ---- showing ----
 
@@ -7934,8 +7925,7 @@ class Catalogue:
         if source.offer is not None and source.offer.warning:
             found.append(("instructions", "", source.offer.warning))
         for kind, stock in source.stocks.items():
-            shown = stock.entries.values()
-            pairs = [(one.own, text) for one in shown for text in one.warnings]
+            pairs = [(one.own, text) for one in stock.entries.values() for text in one.warnings]
             pairs += self._alike(stock, scope)
             pairs += [(one.own, one.reason) for one in self._lost(stock, scope)]
             found += [(kind.value, own, text) for own, text in pairs]
@@ -7994,6 +7984,12 @@ def _ruled_out(rules: ToolRules, own: str) -> str:
         return "not in tools.allow"
     denied = next((glob for glob in rules.deny if fnmatch.fnmatchcase(own, glob)), None)
     return "" if denied is None else f'denied by tools.deny "{denied}"'
+
+
+def _some(found: list[tuple[str, str]]) -> str:
+    """The first of `found`, names and reasons, and how many more there are."""
+    more = f", and {len(found) - 1} more; /status lists them" if len(found) > 1 else ""
+    return f"{found[0][0][:80]}: {found[0][1]}{more}"
 
 
 def _has_name(item: Json) -> bool:
@@ -9762,10 +9758,11 @@ _QUOTED: Final = 120  # characters of a text that a warning shows
 
 def visible(text: str) -> str:
     """`text` with what is hidden in it spelt out: `\\u200b`, a newline as `\\n`."""
-    return re.sub(rf"[{_INVISIBLE}\n\r]", lambda match: _spelt(match[0]), text)
+    return re.sub(rf"[{_INVISIBLE}\n\r]", _spelt, text)
 
 
-def _spelt(char: str) -> str:
+def _spelt(match: re.Match[str]) -> str:
+    char = match[0]
     known = {"\n": "\\n", "\r": "\\r"}.get(char)
     return known or (f"\\u{ord(char):04x}" if ord(char) < 0x10000 else f"\\U{ord(char):08x}")
 
