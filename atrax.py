@@ -12514,14 +12514,8 @@ ALWAYS_SHOWN: Final = (
 
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000  # what seccomp does with a call
 _TELL, _WATCH = 0x7FC00000, 0x7FC00001  # ask Atrax, which refuses; or which lets pass
-_LOAD, _AND, _EQUAL, _ANY_BIT, _AT_LEAST, _RETURN = (
-    0x20,
-    0x54,
-    0x15,
-    0x45,
-    0x35,
-    0x06,
-)  # classic BPF
+_LOAD, _AND, _EQUAL, _ANY_BIT = 0x20, 0x54, 0x15, 0x45  # classic BPF
+_AT_LEAST, _RETURN = 0x35, 0x06
 _NEW_SPACES: Final = 0x7E020000  # every CLONE_NEW* that clone knows
 _INET, _INET6, _NETLINK = 2, 10, 16
 
@@ -12583,6 +12577,8 @@ _ISOLATED: Final[_Numbers] = {  # refused where there are no namespaces to keep 
     "mq_unlink": (241, 181),
 }  # fmt: skip
 _Instruction: TypeAlias = tuple[int, int, int, int]  # code, jump if true, jump if false, operand
+_PASS: Final[_Instruction] = (_RETURN, 0, 0, _ALLOW)
+_REFUSE: Final[_Instruction] = (_RETURN, 0, 0, _ERRNO | errno.EPERM)
 
 
 def _sandbox_order(sandbox: Sandbox, program: Iterable[str]) -> dict[str, Json]:
@@ -12670,7 +12666,7 @@ def _argument(index: int, high: bool = False) -> _Instruction:
 
 
 def _main_filter(column: int, network: bool) -> list[_Instruction]:
-    refuse, allow = (_RETURN, 0, 0, _TELL), (_RETURN, 0, 0, _ALLOW)
+    refuse, allow = (_RETURN, 0, 0, _TELL), _PASS
     families: list[_Instruction] = []
     if network:
         families = [(_EQUAL, 0, 1, _INET), allow, (_EQUAL, 0, 1, _INET6), allow]
@@ -12693,10 +12689,9 @@ def _main_filter(column: int, network: bool) -> list[_Instruction]:
         "kill": [(_RETURN, 0, 0, _WATCH)],
     }
     lines = [line for name, body in special.items() for line in _case(_SPECIAL[name][column], body)]
-    eperm: _Instruction = (_RETURN, 0, 0, _ERRNO | 1)
     for name, row in _OWN_ONLY.items():
-        users = [_argument(0), (_EQUAL, 0, 1, _OF_USERS.get(name, 0)), eperm] if row[2] else []
-        body = [*users, _argument(row[2]), (_EQUAL, 0, 1, 0), allow, eperm]
+        users = [_argument(0), (_EQUAL, 0, 1, _OF_USERS.get(name, 0)), _REFUSE] if row[2] else []
+        body = [*users, _argument(row[2]), (_EQUAL, 0, 1, 0), _PASS, _REFUSE]
         lines += _case(row[column], body)
     lines += _list(_REFUSED, column, _TELL) + _list(_DEADLY, column, _KILL)
     absent: _Instruction = (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)
@@ -12706,14 +12701,11 @@ def _main_filter(column: int, network: bool) -> list[_Instruction]:
 
 def _isolated_filter(column: int) -> list[_Instruction]:
     """What takes the place of read-only mounts and of an IPC namespace."""
-    eperm: _Instruction = (_RETURN, 0, 0, _ERRNO | 1)
     # Flags, versions, keys, subvolumes of a file that may only be read: by the letter of the request.
     flags = [_argument(1), (_AND, 0, 0, 0xFF00)]
     for letter in b"fvX\x94":
-        flags += [(_EQUAL, 0, 1, letter << 8), eperm]
-    allow: _Instruction = (_RETURN, 0, 0, _ALLOW)
-    ioctl = _case((16, 29)[column], [*flags, allow])
-    return ioctl + _list(_ISOLATED, column, eperm[3])
+        flags += [(_EQUAL, 0, 1, letter << 8), _REFUSE]
+    return _case((16, 29)[column], [*flags, _PASS]) + _list(_ISOLATED, column, _REFUSE[3])
 
 
 def _assembled(machine: int, body: list[_Instruction]) -> bytes:
@@ -12722,7 +12714,7 @@ def _assembled(machine: int, body: list[_Instruction]) -> bytes:
     program = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, machine), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
     # x86_64 has a second set of numbers (x32), by this bit.
     program += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)]
-    program += [*body, (_RETURN, 0, 0, _ALLOW)]
+    program += [*body, _PASS]
     return b"".join(struct.pack("HBBI", *line) for line in program)
 
 
@@ -12827,32 +12819,34 @@ class Guard:
         column = _PROCESSORS[os.uname().machine][0]
         calls = {numbers[column]: name for name, numbers in (_REFUSED | _SPECIAL).items()}
         name = calls.get(number, f"call {number}")
-        act = name
-        if name == "kill":
-            target = (arguments[0] & 0xFFFFFFFF ^ 0x80000000) - 0x80000000  # an int
-            if arguments[1] & 0xFFFFFFFF == 0:
-                return True  # only asks: so do lock files of whoever made them last
-            if target == 0 or _belongs(abs(target), self.pid, self._place):
-                return True
-            act = "kill of a process that is not its own"
-        elif name == "socket":
-            kind = {1: "TCP", 2: "UDP"}.get(arguments[1] & 15, "raw")
-            family = min(arguments[0] & 0xFFFFFFFF, 99)  # so that there are not too many acts
-            act = {
-                1: "Unix socket",
-                _INET: f"{kind} socket",
-                _INET6: f"{kind} socket (IPv6)",
-            }.get(family, f"socket of family {family}")
-        elif name == "socketpair":
-            act = "pair of datagram sockets"
-        elif name == "prlimit64":
-            act = "limits of another process"
-        elif name == "clone":
-            act = "namespaces of its own"
+        if name == "kill" and self._is_own(arguments[0], arguments[1]):
+            return True
+        act = _socket_of(*arguments[:2]) if name == "socket" else _ACTS.get(name, name)
         if act not in self._acts:
             self._acts.add(act)
             self._denied(act, pid)
         return name == "kill"
+
+    def _is_own(self, target: int, number: int) -> bool:
+        """Whether the child sends that signal to a process of its own."""
+        target = (target & 0xFFFFFFFF ^ 0x80000000) - 0x80000000  # an int
+        # 0 only asks whether there is one: so do lock files of whoever made them last.
+        asks = number & 0xFFFFFFFF == 0
+        return asks or target == 0 or _belongs(abs(target), self.pid, self._place)
+
+
+_ACTS: Final = {  # what a refused call is to people
+    "kill": "kill of a process that is not its own", "socketpair": "pair of datagram sockets",
+    "prlimit64": "limits of another process", "clone": "namespaces of its own",
+}  # fmt: skip
+
+
+def _socket_of(family: int, kind: int) -> str:
+    """A refused socket in words; these are few, so that its child cannot fill the log with them."""
+    named = {1: "TCP", 2: "UDP"}.get(kind & 15, "raw")
+    words = {1: "Unix socket", _INET: f"{named} socket", _INET6: f"{named} socket (IPv6)"}
+    family = min(family & 0xFFFFFFFF, 99)
+    return words.get(family, f"socket of family {family}")
 
 
 def _belongs(pid: int, child: int, place: str) -> bool:
