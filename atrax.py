@@ -415,6 +415,12 @@ def enter_namespaces(flags: int, users: list[int]) -> int | None:
 
     libc = ctypes.CDLL(None, use_errno=True)
     ids = {"uid_map": os.geteuid(), "gid_map": os.getegid()}
+    try:  # Ubuntu 24.04: unshare succeeds, the maps are refused, and there is no way back
+        with open("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "rb") as file:
+            restricted = file.read().strip() == b"1"
+        users = [user for user in users if not (user and restricted)]
+    except OSError:
+        pass  # not an Ubuntu
     for user in users:
         if libc.unshare(flags | user) != 0:
             continue

@@ -24,7 +24,10 @@ from promises import promise
 import atrax as program
 from atrax import Config, Unstartable, UsageError
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tried on Linux alone")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="tried on Linux alone"),
+    pytest.mark.needs_install(),  # `quick` has no time for all of these
+]
 
 Json = Any
 CHILDREN = Path(__file__).parent / "children"

@@ -16,7 +16,10 @@ from mcp.client.subscriptions import ResourcesListChanged, ResourceUpdated
 
 ERAS = ["auto", "legacy"]
 FILE = str(ARCHIVE)
-pytestmark = pytest.mark.parametrize("era", ERAS)
+pytestmark = [
+    pytest.mark.parametrize("era", ERAS),
+    pytest.mark.needs_install(),  # `quick` has no time for all of these
+]
 
 Work = Callable[[Client], Coroutine[Any, Any, None]]
 

@@ -35,6 +35,8 @@ from asking import (
 from conftest import Running, Start, child, eventually, starting
 from promises import promise
 
+pytestmark = pytest.mark.needs_install()  # `quick` has no time for all of these
+
 Json = Any
 # One who asks for roots has a child of its own: a shared one would need `paths`.
 ROOTED = {"offer": ["elicitation", "sampling", "roots"], "isolation": "session"}

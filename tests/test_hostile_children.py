@@ -16,6 +16,8 @@ from promises import promise
 
 import atrax as program
 
+pytestmark = pytest.mark.needs_install()  # `quick` has no time for all of these
+
 Json = Any
 MOST_GROWTH = 300 * 2**10  # KiB; what is thrown at it is several times that
 MOST_LINES = 2_000  # of the log, for some 100,000 that a child writes

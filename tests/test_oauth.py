@@ -25,6 +25,8 @@ from promises import promise
 
 import atrax as program
 
+pytestmark = pytest.mark.needs_install()  # `quick` has no time for all of these
+
 AUDIENCE = "https://mcp.example.com/mcp"
 RSA = rsa.generate_private_key(65537, 2048)
 OTHER_RSA = rsa.generate_private_key(65537, 2048)

@@ -25,6 +25,8 @@ from recorded import Middle
 
 import atrax as program
 
+pytestmark = pytest.mark.needs_install()  # `quick` has no time for all of these
+
 Json = Any
 SECRETS = {name: f"{name}-secret-0123456789" for name in ("ann", "bob", "cyd")}
 SERVERS = {"a": child("does", concurrency=20), "old": child("asks"), "e": child("legacy")}

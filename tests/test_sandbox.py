@@ -28,7 +28,10 @@ from promises import promise
 import atrax as source
 from atrax import Config, Unstartable
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux is where all of this holds")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="Linux is where all of this holds"),
+    pytest.mark.needs_install(),  # `quick` has no time for all of these
+]
 
 NOBODY = 65534
 
