@@ -278,6 +278,9 @@ PROMISES: Final = {
     "travels.list_changed": Promise(
         "A changed list is announced to who sees it, and only to them.", "DESIGN, Lists"
     ),
+    "travels.links": Promise(
+        "Links and URIs in results are passed on and never followed.", "issue 6, 3"
+    ),
     "travels.progress": Promise(
         "Progress comes under the request's own token.", "DESIGN, Everything travels"
     ),

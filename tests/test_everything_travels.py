@@ -221,3 +221,32 @@ async def test_trace_context_and_unknown_members_pass_both_ways(atrax: Start) ->
         assert line["params"]["unknown"] == {"x": 1}
         result = (await client.call("a__do", {"what": "say", "text": text})).result
         assert result["odd"] == {"b": 1, "a": 2.5} and result["_meta"]["theirs/y"] == 1
+
+
+@promise("travels.links")
+async def test_links_in_results_are_passed_on_and_never_followed(atrax: Start) -> None:
+    visits = 0
+
+    def visited(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal visits
+        visits += 1
+        writer.close()
+
+    there = await asyncio.start_server(visited, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{there.sockets[0].getsockname()[1]}/secret"
+    content = [
+        {"type": "resource_link", "uri": url, "name": "link", "icons": [{"src": url}]},
+        {"type": "resource", "resource": {"uri": url, "text": f"![]({url})"}},
+    ]
+    result = {"content": content, "_meta": {"ui/resourceUri": url}}
+    text = json.dumps({"jsonrpc": "2.0", "id": "@ID@", "result": result}).replace('"@ID@"', "@ID@")
+    gateway = await (await atrax({"mcpServers": {"a": child("does")}})).ready()
+    async with there:
+        for client in (gateway.modern(), await gateway.legacy()):
+            answer = await client.call("a__do", {"what": "say", "text": text})
+            assert answer.result["content"] == content
+            # Nor for who asks for it: a server that offers no resources is not asked either.
+            assert (await client.request("resources/read", {"uri": url})).error
+        assert visits == 0
+        await asyncio.open_connection(*there.sockets[0].getsockname())  # it would have been heard
+        await eventually(lambda: visits == 1, "the listener hears nobody")
