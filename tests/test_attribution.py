@@ -19,6 +19,8 @@ from conftest import Running, Start, alive, child, eventually
 from installed import node_server
 from promises import promise
 
+pytestmark = pytest.mark.needs_install()  # `quick` has no time for all of these
+
 Json = Any
 NO_DRAIN = {"drain": 0.1}
 NEVER = "/never/there"

@@ -25,6 +25,8 @@ from promises import promise
 
 import atrax as program
 
+pytestmark = pytest.mark.needs_install()  # `quick` has no time for all of these
+
 Json = Any
 CANARY = "canary-in-a-name-4711"
 

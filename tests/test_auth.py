@@ -20,6 +20,8 @@ from promises import promise
 
 import atrax as program
 
+pytestmark = pytest.mark.needs_install()  # `quick` has no time for all of these
+
 SECRET = "atrax_a-token-of-the-test-suite"
 OTHER = "atrax_another-token-of-the-suite"
 PAGE = "https://app.example.com"

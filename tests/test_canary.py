@@ -28,6 +28,8 @@ from test_oauth import ED, jwk
 
 import atrax as program
 
+pytestmark = pytest.mark.needs_install()  # `quick` has no time for all of these
+
 Json = Any
 ISSUER = "https://issuer.example"
 

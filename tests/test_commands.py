@@ -18,6 +18,8 @@ import pytest
 
 import atrax
 
+pytestmark = pytest.mark.needs_install()  # `quick` has no time for all of these
+
 FILE = atrax.__file__
 FAILING = {"command": sys.executable, "args": ["-c", "import sys; sys.exit('no luck today')"]}
 

@@ -14,6 +14,8 @@ import pytest
 from conftest import SOURCE, Running, Start, child, eventually
 from promises import promise
 
+pytestmark = pytest.mark.needs_install()  # `quick` has no time for all of these
+
 # What /status and the screens say of each. `bad-list` runs, and is broken all the same.
 WRONG = {
     "missing": "no-such-command.* not found",

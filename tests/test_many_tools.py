@@ -10,6 +10,8 @@ import wire
 from conftest import Start, child
 from promises import promise
 
+pytestmark = pytest.mark.needs_install()  # `quick` has no time for all of these
+
 SERVERS = ("one", "two", "three", "four", "five")
 
 

@@ -367,6 +367,7 @@ async def test_a_flood_on_stderr_is_logged_in_part_and_counted() -> None:
         assert "left out" in home.said("child.stderr_dropped", "loud")[0]
 
 
+@pytest.mark.needs_install()  # seconds of flood, for which `quick` has no time
 @pytest.mark.parametrize("line", ["junk", '{"jsonrpc":"2.0","id":9999,"result":{}}'])
 async def test_a_child_that_writes_without_end_does_not_hold_the_loop(line: str) -> None:
     async with house({"loud": does(), "other": does()}) as home:

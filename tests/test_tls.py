@@ -26,6 +26,8 @@ from test_http import HOST, LIMIT, LOOPS, NewLoop, Served, fill, get, run, statu
 
 import atrax
 
+pytestmark = pytest.mark.needs_install()  # `quick` has no time for all of these
+
 SERVERS = {"mcpServers": {"echo": child("echo")}}
 MODERN = "2026-07-28"
 

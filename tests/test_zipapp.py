@@ -20,6 +20,8 @@ from promises import promise
 
 import build_zipapp
 
+pytestmark = pytest.mark.needs_install()  # `quick` has no time for all of these
+
 CLONED = ("atrax.py", "build_zipapp.py", "config.json", ".lock")
 ORIGINS = """
 import sys
@@ -65,7 +67,6 @@ def origins(archive: Path, before: str = "", **more: object) -> subprocess.Compl
     return python("-I", "-c", ORIGINS.format(archive=str(archive), before=before), **more)
 
 
-@pytest.mark.needs_install()  # as below
 @promise("file.builds_from_locks", "file.same_bytes")
 def test_a_fresh_clone_with_an_empty_home_gives_the_same_bytes(
     clone: Path, offline: dict[str, str], archive: Path
@@ -89,7 +90,6 @@ def test_an_edit_of_atrax_is_built_without_pip(clone: Path, offline: dict[str, s
     assert "built" not in again
 
 
-@pytest.mark.needs_install()  # builds anew, which takes too long for `quick`
 @promise("file.builds_from_locks")
 def test_a_python_without_pip_takes_it_from_ensurepip(tmp_path: Path) -> None:
     code = "import pathlib, build_zipapp; print(*build_zipapp.pip(pathlib.Path('made')))"
