@@ -69,6 +69,12 @@ NO_JSON = {
     "a comment": b'{"what":"echo" /* , "x": 1 */}',
     "a comma too many": b'{"what":"echo",}',
     "a leading zero": b'{"what":"echo","n":007}',
+    # Valid, but made of so many parts that to read it would stall everybody.
+    "lists": b'{"what":"echo","x":[%b[]]}' % (b"[]," * 60_000),
+    "objects that name nothing": b'{"what":"echo","x":[%b[]]}' % (b"{}," * 60_000),
+    "members": b'{"what":"echo",%b}' % b",".join(b'"%05x" :1' % n for n in range(60_000)),
+    "values": b'{"what":"echo","x":[%b1]}' % (b"1," * 300_000),
+    "strings": b'{"what":"echo","x":[%b1]}' % (b'"[",' * 120_000),
 }
 # Valid, but no 64-bit number: it would be another number at the child.
 TOO_LARGE = {
@@ -99,6 +105,16 @@ async def test_what_cannot_be_read_in_one_way_is_refused_and_not_forwarded(atrax
 
     assert await calls(gateway) == 0
     check_log(gateway)
+
+
+@promise("json.refused")
+async def test_what_stands_in_a_string_is_one_part_whatever_it_looks_like(atrax: Start) -> None:
+    gateway = await atrax(CONFIG)
+    text = '{"a\\": [{}, "b:c"]}\n' * 30_000
+    for client in (gateway.modern(), await gateway.legacy()):
+        arguments = json.dumps({"what": "echo", "text": text}).encode()
+        _, answer = await post(client, call(client, arguments))
+        assert answer["result"]["content"][0]["text"] == text
 
 
 @promise("json.exact")
